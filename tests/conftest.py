@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, full float32 products, a persistent compilation cache, runtime shapes."""
+"""Eight virtual CPU devices, full float32 products, a compilation cache, checked shapes."""
 
 import os
 from pathlib import Path

@@ -1,0 +1,287 @@
+"""A dense decoder by configuration: Llama, Qwen2/2.5 and Qwen3, as a thin Linen shell.
+
+Pre-norm residual layers of grouped-query attention with RoPE and a SwiGLU MLP. Float32 masters,
+computed in `dtype`; norms, RoPE and softmax in float32. Parameters are the plain dict of `table`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bdjax.attention import Implementation, Prefix, attend
+from bdjax.cache import Cache, KeyValues
+from bdjax.parameters import Parameter, Role, Table
+from bdjax.sharding import reshard, spec
+from pallas_kernels import CleanMode, Intervals
+
+
+class Remat(Enum):
+    """What the backward pass keeps of a layer."""
+
+    NONE = "none"  # everything
+    DOTS = "dots"  # matrix products only
+    FULL = "full"  # the layer's input only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """RoPE frequency scaling of Llama 3.1 (factor 8) and 3.2 (factor 32)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and variant of the decoder. `head_dim` does not depend on `width`.
+
+    Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True.
+    """
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    clean: CleanMode = CleanMode.TOKEN
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+    remat: Remat = Remat.FULL
+    attention: Implementation | None = None
+
+    def __post_init__(self):
+        sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
+                f"{self.num_kv_heads}; type num_kv_heads={self.num_heads} for one each"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; type 'bfloat16' or 'float32'")
+
+    def layer_table(self) -> Table:
+        """The parameters of one layer (without the layers axis)."""
+        d, n, k, h, f = (
+            self.width,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.mlp_width,
+        )
+
+        def matrix(shape, axes, contracted):
+            ins = tuple(contracted)
+            outs = tuple(i for i in range(len(shape)) if i not in ins)
+            init = jax.nn.initializers.variance_scaling(
+                1.0, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs
+            )
+            return Parameter(
+                shape=shape, axes=axes, init=init, role=Role.MATRIX, contracted=contracted
+            )
+
+        def norm(size, axis):
+            init = jax.nn.initializers.ones
+            return Parameter(shape=(size,), axes=(axis,), init=init, role=Role.NORM)
+
+        def bias(heads, axis):
+            init = jax.nn.initializers.zeros
+            return Parameter(shape=(heads, h), axes=(axis, "head_dim"), init=init, role=Role.BIAS)
+
+        table: Table = {
+            "attn_norm": norm(d, "embed"),
+            "wq": matrix((d, n, h), ("embed_in", "heads", "head_dim"), (0,)),
+            "wk": matrix((d, k, h), ("embed_in", "kv_heads", "head_dim"), (0,)),
+            "wv": matrix((d, k, h), ("embed_in", "kv_heads", "head_dim"), (0,)),
+            "wo": matrix((n, h, d), ("heads", "head_dim", "embed_in"), (0, 1)),
+            "mlp_norm": norm(d, "embed"),
+            "w_gate": matrix((d, f), ("embed_in", "mlp"), (0,)),
+            "w_up": matrix((d, f), ("embed_in", "mlp"), (0,)),
+            "w_down": matrix((f, d), ("mlp", "embed_in"), (0,)),
+        }
+        if self.qkv_bias:
+            table |= {"bq": bias(n, "heads"), "bk": bias(k, "kv_heads"), "bv": bias(k, "kv_heads")}
+        if self.qk_norm:
+            table |= {"q_norm": norm(h, "head_dim"), "k_norm": norm(h, "head_dim")}
+        return table
+
+    def table(self) -> Table:
+        """The parameters of the trunk, layers stacked."""
+
+        def stacked(p: Parameter) -> Parameter:
+            init = _per_layer(p.init, self.num_layers)
+            return Parameter(
+                shape=(self.num_layers, *p.shape),
+                axes=("layers", *p.axes),
+                init=init,
+                role=p.role,
+                contracted=tuple(i + 1 for i in p.contracted),
+            )
+
+        final = Parameter(
+            shape=(self.width,), axes=("embed",), init=jax.nn.initializers.ones, role=Role.NORM
+        )
+        layers = {name: stacked(p) for name, p in self.layer_table().items()}
+        return {"layers": layers, "final_norm": final}
+
+
+def _per_layer(init, layers: int):
+    """An initialiser of stacked layers that draws each layer on its own, so fans stay right."""
+
+    def stacked(key, shape, dtype, out_sharding=None):
+        keys = jax.random.split(key, layers)
+        drawn = jnp.stack([init(k, shape[1:], dtype) for k in keys])
+        return drawn if out_sharding is None else jax.reshard(drawn, out_sharding)
+
+    return stacked
+
+
+def rms_norm(
+    x: Float[Array, "*b D"], weight: Float[Array, "D"], eps: float
+) -> Float[Array, "*b D"]:
+    """x / sqrt(mean(x^2) + eps) * weight, statistics in float32 (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight).astype(x.dtype)
+
+
+def rope_angles(config: DecoderConfig, position: Int[Array, "B T"]) -> Float[Array, "B T 1 half"]:
+    """Angle of every rotated pair: position * theta^(-2i/H), frequencies scaled if Llama 3."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if (s := config.rope_scaling) is not None:
+        turns = s.original_length * frequency / (2 * jnp.pi)  # over the original context
+        smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        frequency = frequency * (smooth + (1 - smooth) / s.factor)
+    return position[:, :, None, None].astype(jnp.float32) * frequency
+
+
+def rope(x: Float[Array, "B T N H"], angles: Float[Array, "B T 1 half"]) -> Float[Array, "B T N H"]:
+    """Rotates pairs (x_i, x_{i + H/2}) by their angles (Su et al. 2021, half-split layout)."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """One decoder layer. Returns the stream and this window's keys and values."""
+
+    config: DecoderConfig
+
+    def weight(self, name: str) -> Array:
+        """The parameter in the compute dtype, gathered over fsdp after the cast: half the bytes."""
+        p = self.config.layer_table()[name]
+        master = self.param(name, p.init, p.shape, jnp.float32)
+        if p.role is Role.NORM:
+            return master
+        axes = ("embed" if axis == "embed_in" else axis for axis in p.axes)
+        return reshard(master.astype(self.config.dtype), *axes)
+
+    @nn.compact
+    def __call__(self, x, layer, angles, own: Intervals, cache):
+        c = self.config
+
+        def project(h, name, heads, bias):
+            sharded = spec("batch", "length", heads, "head_dim")
+            out = jnp.einsum("btd,dnh->btnh", h, self.weight(name), out_sharding=sharded)
+            return out + self.weight(bias) if c.qkv_bias else out
+
+        h = rms_norm(x, self.weight("attn_norm"), c.norm_eps)
+        q = project(h, "wq", "heads", "bq")
+        k = project(h, "wk", "kv_heads", "bk")
+        v = project(h, "wv", "kv_heads", "bv")
+        if c.qk_norm:
+            q = rms_norm(q, self.weight("q_norm"), c.norm_eps)
+            k = rms_norm(k, self.weight("k_norm"), c.norm_eps)
+        q, k = rope(q, angles), rope(k, angles)
+        prefix = None
+        if cache is not None:
+            (cache_k, cache_v), seen = cache
+            prefix = Prefix(cache_k, cache_v, layer, seen)
+        mixed = attend(q, k, v, own, prefix, c.attention)
+        embed = spec("batch", "length", "embed")
+        x = x + jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
+
+        h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
+        mlp = spec("batch", "length", "mlp")
+        gate = jnp.einsum("btd,df->btf", h, self.weight("w_gate"), out_sharding=mlp)
+        up = jnp.einsum("btd,df->btf", h, self.weight("w_up"), out_sharding=mlp)
+        down = jax.nn.silu(gate) * up
+        x = x + jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
+        return x, KeyValues(k, v)
+
+
+class Decoder(nn.Module):
+    """The trunk: scanned layers and the final norm."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        own: Intervals,
+        cache: Cache | None = None,
+        seen: Intervals | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """Final-norm hidden states and the window's keys and values, (layers, B, T, K, H).
+
+        `own`: intervals over the window's keys; `seen`: over the cache's slots.
+        """
+        c = self.config
+        layer = Layer
+        if c.remat is not Remat.NONE:
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = dots if c.remat is Remat.DOTS else None
+            layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        read = None if cache is None else ((cache.k, cache.v), seen)
+        angles = rope_angles(c, position)
+        x, new = stack(c, name="layers")(x, jnp.arange(c.num_layers), angles, own, read)
+        final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
+        return rms_norm(x, final, c.norm_eps), new
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEmbedding:
+    """Token ids to vectors by a table. Another kind of event brings another object like this."""
+
+    vocab_size: int
+    width: int
+    dtype: str = "bfloat16"
+
+    def table(self) -> Table:
+        """The embedding matrix, (V, D); unit-variance rows after the first norm either way."""
+        init = jax.nn.initializers.normal(0.02)
+        shape, axes = (self.vocab_size, self.width), ("vocab", "embed_in")
+        return {"embed": Parameter(shape=shape, axes=axes, init=init, role=Role.EMBEDDING)}
+
+    def __call__(self, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the table in the compute dtype."""
+        embed = reshard(params["embed"].astype(self.dtype), "vocab", "embed")
+        sharded = spec("batch", "length", "embed")
+        return embed.at[tokens].get(out_sharding=sharded, mode="clip")

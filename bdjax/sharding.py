@@ -1,0 +1,124 @@
+"""The only file that knows mesh axes: everything else names what an array's axis means.
+
+`spec("batch", "length", "embed")` is the sharding of an activation on the mesh in force,
+`mesh(data=4, tensor=2)` makes one. Without a mesh in force every helper is the identity, so the
+same code runs on a laptop in a plain shell.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Meaning of an array axis -> the mesh axes it is split over. Weights carry "embed_in" where
+# activations carry "embed": parameters are split over `fsdp` there, activations never.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": (),
+    "embed_in": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+}
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """An explicit mesh of data x fsdp x tensor devices.
+
+    Raises ValueError when the product differs from the number of devices asked for.
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted = data * fsdp * tensor
+    if wanted > len(devices):
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {wanted} devices, "
+            f"{len(devices)} are here; type mesh.data={len(devices)} mesh.fsdp=1 mesh.tensor=1"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[:wanted]
+    )
+
+
+def has_mesh() -> bool:
+    """Whether a mesh is in force (`jax.set_mesh`)."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def spec(*meanings: str | None) -> PartitionSpec | None:
+    """The partition of an array whose axes mean `meanings`; None without a mesh.
+
+    Mesh axes of size 1 are left out, so that one spelling of a sharding exists per mesh.
+    Raises KeyError for a meaning that RULES does not list, ValueError when two axes of one array
+    would be split over the same mesh axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    used: set[str] = set()
+    entries = []
+    for meaning in meanings:
+        rule = () if meaning is None else RULES[meaning]
+        axes = tuple(a for a in rule if mesh.shape.get(a, 1) > 1)
+        if used & set(axes):
+            raise ValueError(f"{meanings} would split two axes over {sorted(used & set(axes))}")
+        used |= set(axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def size(meaning: str) -> int:
+    """Into how many pieces an axis of this meaning is cut on the mesh in force."""
+    total = 1
+    for axis in mesh_axes(meaning):
+        total *= jax.sharding.get_abstract_mesh().shape[axis]
+    return total
+
+
+def mesh_axes(meaning: str) -> tuple[str, ...]:
+    """Mesh axes of size > 1 that an axis of this meaning is split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(a for a in RULES[meaning] if mesh.shape.get(a, 1) > 1)
+
+
+def reshard(x: jax.Array, *meanings: str | None) -> jax.Array:
+    """x laid out as `meanings` says; x itself without a mesh."""
+    return jax.reshard(x, spec(*meanings)) if has_mesh() else x
+
+
+def per_shard(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` run on each device's shards (`jax.shard_map`); `function` itself without a mesh.
+
+    `in_specs` and `out_specs` are pytrees of tuples of meanings, written `("batch", "length")`.
+    """
+    if not has_mesh():
+        return function
+
+    def is_meanings(node) -> bool:
+        return type(node) is tuple and all(m is None or isinstance(m, str) for m in node)
+
+    def specs(tree):
+        return jax.tree.map(lambda m: spec(*m), tree, is_leaf=is_meanings)
+
+    return jax.shard_map(
+        function, in_specs=specs(in_specs), out_specs=specs(out_specs), check_vma=False
+    )
+
+
+def psum(x, meanings: Sequence[str]):
+    """Sum of x over the mesh axes that `meanings` are split over; inside `per_shard` only."""
+    axes = tuple(a for m in meanings for a in mesh_axes(m))
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def zeros(shape: tuple[int, ...], dtype, *meanings: str | None) -> jax.Array:
+    """Zeros born with the sharding that `meanings` names."""
+    return jnp.zeros(shape, dtype, out_sharding=spec(*meanings))

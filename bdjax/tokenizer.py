@@ -1,0 +1,48 @@
+"""Bytes as tokens: the tokenizer that needs no file and can write any text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteTokenizer:
+    """Ids 0..255 are the bytes of UTF-8, the three ids above them are special.
+
+    Padding has no id of its own: `bdjax.data` marks it by segment 0 and writes `eos_id` there.
+    """
+
+    bos_id: ClassVar[int] = 256
+    eos_id: ClassVar[int] = 257
+    mask_id: ClassVar[int] = 258
+    vocab_size: ClassVar[int] = 259
+
+    def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
+        """The bytes of `text` as int32 ids, without BOS or EOS. A `str` is encoded as UTF-8.
+
+        Lone surrogates, which UTF-8 has no place for, become their three surrogate bytes, so that
+        every `str` has ids.
+        """
+        data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        """The text of `ids`: specials are dropped, bytes that are not UTF-8 read U+FFFD.
+
+        Raises ValueError for an id outside 0..vocab_size-1.
+        """
+        ids = np.asarray(ids, np.int64)
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"id {wrong[0]} is not one of this tokenizer's: expected 0..{self.vocab_size - 1}; "
+                "decode with the tokenizer that the ids were made with"
+            )
+        return ids[ids < self.bos_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> Int[np.ndarray, "V"]:
+        """How many bytes of text each id stands for: 1 for a byte, 0 for a special (int32)."""
+        return (np.arange(self.vocab_size) < self.bos_id).astype(np.int32)

@@ -43,7 +43,7 @@ def read_text_files(paths_or_globs: str | Path | Iterable[str | Path]) -> list[D
 
 
 def standard_library() -> list[Document]:
-    """The running interpreter's own .py files: 474 files, 9.65 MB in Python 3.11.
+    """The running interpreter's own .py files: 474 files, 9.65 MB in Python 3.11.7.
 
     Without installed packages, tests, encodings, idlelib and lib2to3; equal files once, empty and
     non-UTF-8 ones left out; names are relative to the library's folder and sorted.

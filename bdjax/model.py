@@ -86,11 +86,7 @@ class DecoderConfig:
         )
 
         def matrix(shape, axes, contracted):
-            ins = tuple(contracted)
-            outs = tuple(i for i in range(len(shape)) if i not in ins)
-            init = jax.nn.initializers.variance_scaling(
-                1.0, "fan_in", "truncated_normal", in_axis=ins, out_axis=outs
-            )
+            init = _fan_in(len(shape), contracted, stacked=False)
             return Parameter(
                 shape=shape, axes=axes, init=init, role=Role.MATRIX, contracted=contracted
             )
@@ -124,7 +120,9 @@ class DecoderConfig:
         """The parameters of the trunk, layers stacked."""
 
         def stacked(p: Parameter) -> Parameter:
-            init = _per_layer(p.init, self.num_layers)
+            init = p.init
+            if p.role is Role.MATRIX:
+                init = _fan_in(len(p.shape), p.contracted, stacked=True)
             return Parameter(
                 shape=(self.num_layers, *p.shape),
                 axes=("layers", *p.axes),
@@ -140,15 +138,17 @@ class DecoderConfig:
         return {"layers": layers, "final_norm": final}
 
 
-def _per_layer(init, layers: int):
-    """An initialiser of stacked layers that draws each layer on its own, so fans stay right."""
-
-    def stacked(key, shape, dtype, out_sharding=None):
-        keys = jax.random.split(key, layers)
-        drawn = jnp.stack([init(k, shape[1:], dtype) for k in keys])
-        return drawn if out_sharding is None else jax.reshard(drawn, out_sharding)
-
-    return stacked
+def _fan_in(rank: int, contracted: tuple[int, ...], stacked: bool):
+    """Normal with variance 1 / fan-in over the contracted axes, of one layer or a stack of them."""
+    shift = 1 if stacked else 0
+    return jax.nn.initializers.variance_scaling(
+        1.0,
+        "fan_in",
+        "normal",
+        in_axis=tuple(i + shift for i in contracted),
+        out_axis=tuple(i + shift for i in range(rank) if i not in contracted),
+        batch_axis=(0,) if stacked else (),
+    )
 
 
 def rms_norm(

@@ -129,7 +129,7 @@ class Optimiser:
         return step(grads, state, params)
 
     def _step(self, grads, state: OptimiserState, params):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         scale = jnp.minimum(1.0, self.clip_norm / norm)
         rate = self.rate(state.steps)
         clipped = jax.tree.map(lambda g: g * scale, grads)

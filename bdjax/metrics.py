@@ -1,0 +1,168 @@
+"""Numbers of a run: TensorBoard, metrics.jsonl and a progress line, one step late.
+
+The host never waits for the step in flight: what a step measured is read when the next step has
+been handed over, by which time the device has it ready.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from tensorboardX import SummaryWriter
+
+Scalars = Mapping[str, Float[Array, ""] | Float[np.ndarray, ""] | float | int]
+
+
+class Writer:
+    """Writes scalars to `directory` (TensorBoard events and metrics.jsonl) and to `history`.
+
+    Without a directory, and on every process but the first, only the history is kept. Use as a
+    context manager: leaving it writes the last step.
+    """
+
+    def __init__(self, directory: str | Path | None = None):
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._held: tuple[int, Scalars] | None = None
+        self._events = self._lines = None
+        if directory is not None and jax.process_index() == 0:
+            directory = Path(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            # tensorboardX names files by the second and overwrites: a quick restart lost events.
+            self._events = SummaryWriter(str(directory), filename_suffix=f".{time.time_ns()}")
+            self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+            self._lines.close()
+
+    def write(self, step: int, scalars: Scalars) -> tuple[int, dict[str, float]] | None:
+        """Holds `scalars` as they are on the device, and writes the step held before.
+
+        Returns the step and values just written, None at the first call.
+        """
+        written = self._write_held()
+        self._held = (step, scalars)
+        return written
+
+    def flush(self) -> tuple[int, dict[str, float]] | None:
+        """Writes the step still held, waiting for it, and returns it; None when none is held."""
+        written = self._write_held()
+        if self._events is not None:
+            self._events.flush()
+            self._lines.flush()
+        return written
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Adds a text, a sample say, to TensorBoard at once."""
+        if self._events is not None:
+            # TensorBoard reads Markdown: four spaces keep the text as it is.
+            quoted = "\n".join("    " + line for line in text.split("\n"))
+            self._events.add_text(name, quoted, step)
+
+    def _write_held(self) -> tuple[int, dict[str, float]] | None:
+        if self._held is None:
+            return None
+        step, scalars = self._held
+        self._held = None
+        values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+        self.history.append((step, values))
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._lines.write(json.dumps({"step": step} | values) + "\n")
+        return step, values
+
+
+class Progress:
+    """Where a run of `total_steps` is: loss, tokens per second, time left.
+
+    A bar on a terminal; elsewhere a plain line for every tenth of the run, and at most
+    `seconds` apart. Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        file: io.TextIOBase | None = None,
+        seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total = total_steps
+        self._file = sys.stderr if file is None else file
+        self._seconds = seconds
+        self._clock = clock
+        self._start = self._said = clock()
+        self._first: int | None = None
+        self._tenth = 0
+        self._tokens = 0
+        self._bar = None
+        console = Console(file=self._file)
+        if console.is_terminal:
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[said]}"),
+                TimeRemainingColumn(compact=True),
+            )
+            self._bar = Bar(*columns, console=console)
+            self._task = self._bar.add_task("", total=total_steps, said="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, *, loss: float, tokens: int) -> None:
+        """`step` steps are done, the last with this loss (nats per token) and this many tokens.
+
+        Speed and time left count from the first call on: the first step also compiles.
+        """
+        now = self._clock()
+        if self._first is None:
+            self._first, self._start = step, now
+        else:
+            self._tokens += tokens
+        passed = now - self._start
+        speed = self._tokens / passed if passed > 0 else 0.0
+        said = f"loss {loss:.4f}  {_short(speed)} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, said=said)
+            return
+        tenth = 10 * step // self._total
+        if tenth > self._tenth or now - self._said >= self._seconds or step == self._total:
+            self._tenth, self._said = tenth, now
+            done = step - self._first
+            left = _duration(passed / done * (self._total - step)) if done else "unknown"
+            print(f"step {step}/{self._total}  {said}  {left} left", file=self._file, flush=True)
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -41,7 +41,8 @@ class Llama3Scaling:
 class DecoderConfig:
     """Shape and variant of the decoder. `head_dim` does not depend on `width`.
 
-    Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True.
+    Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. `tied_head` reads logits out
+    with the embedding's matrix. `attention` None chooses an implementation by shape.
     """
 
     num_layers: int
@@ -56,6 +57,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    tied_head: bool = False
     dtype: str = "bfloat16"
     remat: Remat = Remat.FULL
     attention: Implementation | None = None

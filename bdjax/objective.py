@@ -125,9 +125,9 @@ class Objective:
         """
         if self.ar_weight > 0 and clean is CleanMode.BLOCK and self.block_size.largest > 1:
             raise ValueError(
-                f"objective.ar_weight={self.ar_weight} with decoder.clean=block leaks: a clean "
+                f"objective.ar_weight={self.ar_weight} with model.clean=block leaks: a clean "
                 f"token sees the rest of its block of {self.block_size.largest}; type "
-                "decoder.clean=token or objective.ar_weight=0.0"
+                "model.clean=token or objective.ar_weight=0.0"
             )
 
 

@@ -49,7 +49,8 @@ def loss_curve(
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss (nats per token)" if name == "loss" else name, color=INK)
     # The first steps tower over all others: the picture is about where the run ends up.
-    low, high = values.min(), np.quantile(values, 0.98)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), np.quantile(finite, 0.98)) if len(finite) else (0.0, 0.0)
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.grid(color=FAINT, linewidth=0.8)
@@ -80,7 +81,7 @@ def commit_order(
     if block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1")
     texts = [_shown(text) for text in tokens_text]
-    wide = max(1.0, 0.55 * max(map(len, texts)))
+    wide = max(1.0, 0.45 * max(map(len, texts)))
     blocks_in_row = max(1, min(int(32 / wide) // block_size, -(-total // block_size)))
     columns = block_size * blocks_in_row
     rows = -(-total // columns)

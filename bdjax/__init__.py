@@ -1,0 +1,68 @@
+"""bdjax: block-diffusion language models in JAX; one mask predicate, one step."""
+
+from bdjax.checkpoint import CheckpointError
+from bdjax.config import (
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    StandardLibrary,
+    TextFiles,
+    TrainConfig,
+)
+from bdjax.evaluate import EXACT_UP_TO, Evaluation
+from bdjax.generate import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.model import DecoderConfig, Remat
+from bdjax.objective import Alignment, BlockSize, Objective
+from bdjax.optim import OptimConfig
+from bdjax.overrides import apply_overrides, load_config, to_text
+from bdjax.policies import (
+    Dynamic,
+    EntropyBounded,
+    EntropyForm,
+    Policy,
+    RandomOne,
+    Sequential,
+    Static,
+    Threshold,
+)
+from bdjax.trainer import TrainResult, train
+from bdjax.trainer import evaluate_model as evaluate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EXACT_UP_TO",
+    "Alignment",
+    "BlockSize",
+    "CheckpointError",
+    "DataConfig",
+    "DecoderConfig",
+    "Dynamic",
+    "EntropyBounded",
+    "EntropyForm",
+    "Evaluation",
+    "EvaluationConfig",
+    "Generation",
+    "LanguageModel",
+    "MeshConfig",
+    "Objective",
+    "OptimConfig",
+    "Policy",
+    "RandomOne",
+    "Remat",
+    "Sequential",
+    "Snapshot",
+    "StandardLibrary",
+    "Static",
+    "TextFiles",
+    "Threshold",
+    "TrainConfig",
+    "TrainResult",
+    "apply_overrides",
+    "evaluate",
+    "generate",
+    "load",
+    "load_config",
+    "to_text",
+    "train",
+]

@@ -1,0 +1,219 @@
+"""What a run is: frozen objects composed in a Python file, checked when they are built."""
+
+from dataclasses import dataclass
+
+import jax
+
+from bdjax import corpus, noise, objective
+from bdjax.corpus import Document
+from bdjax.data import PackingConfig, Tail
+from bdjax.model import DecoderConfig, Llama3Scaling, TokenEmbedding
+from bdjax.objective import Objective
+from bdjax.optim import OptimConfig
+from bdjax.overrides import from_json
+from bdjax.readout import TokenReadout
+from bdjax.sharding import make_mesh
+from bdjax.step import Model
+from bdjax.tokenizer import ByteTokenizer
+from pallas_kernels import Blockwise, Dense
+
+# Padding the vocabulary to a multiple of this keeps the head divisible over a tensor axis.
+_VOCAB_MULTIPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Base of the corpora."""
+
+    def documents(self) -> list[Document]:
+        """All documents, before the split."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardLibrary(Source):
+    """The running Python's own standard library: the corpus that needs no download."""
+
+    def documents(self) -> list[Document]:
+        """Its Python files, without tests and encodings, each content once."""
+        return corpus.standard_library()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(Source):
+    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt"."""
+
+    paths: tuple[str, ...]
+
+    def documents(self) -> list[Document]:
+        """The files' contents; errors name the file."""
+        return corpus.read_text_files(self.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from.
+
+    aligned: documents start on multiples of the run's largest block. tail: what stands between a
+    document's end and its block's. held_out_fraction: share of the documents kept for evaluation.
+    """
+
+    source: Source = StandardLibrary()
+    row_length: int = 256
+    batch_size: int = 8
+    aligned: bool = True
+    tail: Tail = Tail.FILL
+    held_out_fraction: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices split the batch (data), batch and weights (fsdp), heads and mlp (tensor)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mesh.{name}={getattr(self, name)} must be at least 1")
+
+    def build(self) -> jax.sharding.Mesh:
+        """The explicit mesh; ValueError when this machine has too few devices."""
+        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Every `every` steps (0: never): the bound on `batches` held-out batches, and a sample."""
+
+    every: int = 500
+    batches: int = 8
+    prompt: str = ""
+    tokens: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. Build it in `get_config()` of a Python file; `bdjax train FILE key=value`."""
+
+    name: str
+    steps: int
+    model: DecoderConfig
+    objective: Objective
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 1")
+        self.objective.check(self.model.clean)
+        largest = self.objective.block_size.largest
+        if largest > self.data.row_length:
+            raise ValueError(
+                f"objective.block_size of {largest} is longer than data.row_length="
+                f"{self.data.row_length}; type data.row_length={largest}"
+            )
+        self.packing()
+        mask_id = getattr(self.objective.process, "mask_id", None)
+        if mask_id != self.tokenizer.mask_id:
+            raise ValueError(
+                f"objective.process.mask_id={mask_id} is not the tokenizer's mask token; "
+                f"type objective.process.mask_id={self.tokenizer.mask_id}"
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        if self.data.batch_size % shards:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} cannot be split over mesh.data x "
+                f"mesh.fsdp = {shards} devices; type data.batch_size="
+                f"{-(-self.data.batch_size // shards) * shards}"
+            )
+        sizes = {
+            "model.num_heads": (self.model.num_heads, self.mesh.tensor),
+            "model.num_kv_heads": (self.model.num_kv_heads, self.mesh.tensor),
+            "model.mlp_width": (self.model.mlp_width, self.mesh.tensor),
+            "model.width": (self.model.width, self.mesh.fsdp),
+            "the padded vocabulary": (self.vocab_size, self.mesh.tensor),
+        }
+        for name, (size, parts) in sizes.items():
+            if size % parts:
+                raise ValueError(
+                    f"{name} of {size} cannot be split over {parts} devices; choose mesh.tensor "
+                    "and mesh.fsdp that divide it"
+                )
+
+    @property
+    def tokenizer(self) -> ByteTokenizer:
+        """The run's tokenizer."""
+        return ByteTokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: the tokenizer's ids, padded."""
+        return -(-self.tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+    def packing(self) -> PackingConfig:
+        """How documents share rows; ValueError when blocks do not divide an aligned row."""
+        align = self.objective.block_size.largest if self.data.aligned else 1
+        return PackingConfig(row_length=self.data.row_length, align=align, tail=self.data.tail)
+
+    def documents(self) -> tuple[list[Document], list[Document]]:
+        """Training and held-out documents."""
+        found = self.data.source.documents()
+        return corpus.split_by_hash(found, float(self.data.held_out_fraction))
+
+    def build_model(self) -> Model:
+        """The network with embedding and readout; mask, BOS and padding ids are never drawn."""
+        unused = range(self.tokenizer.vocab_size, self.vocab_size)
+        banned = (self.tokenizer.mask_id, self.tokenizer.bos_id, *unused)
+        c = self.model
+        return Model(
+            decoder=c,
+            embedding=TokenEmbedding(vocab_size=self.vocab_size, width=c.width, dtype=c.dtype),
+            readout=TokenReadout(
+                vocab_size=self.vocab_size, width=c.width, tied=c.tied_head, banned=banned
+            ),
+        )
+
+
+_CLASSES = (
+    TrainConfig,
+    DecoderConfig,
+    Llama3Scaling,
+    Dense,
+    Blockwise,
+    Objective,
+    objective.BlockSize,
+    noise.Absorbing,
+    noise.ExactCount,
+    noise.Bernoulli,
+    noise.Linear,
+    noise.Cosine,
+    noise.Polynomial,
+    noise.LogLinear,
+    DataConfig,
+    StandardLibrary,
+    TextFiles,
+    OptimConfig,
+    MeshConfig,
+    EvaluationConfig,
+)
+
+
+def config_from_json(text: str) -> TrainConfig:
+    """The config stored in a checkpoint, rebuilt from its own classes and nothing else.
+
+    Raises ValueError when the text is not such a config.
+    """
+    config = from_json(text, {cls.__name__: cls for cls in _CLASSES})
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"expected a TrainConfig, got a {type(config).__name__}")
+    return config

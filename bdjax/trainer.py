@@ -1,0 +1,221 @@
+"""The training loop: a thin driver of the step. Nothing of a run is lost when it is interrupted."""
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from bdjax import evaluate as evaluation
+from bdjax import objective as objectives
+from bdjax.checkpoint import Checkpoints
+from bdjax.config import TrainConfig
+from bdjax.data import evaluation_batches, training_batches
+from bdjax.generate import LanguageModel, generate
+from bdjax.metrics import Progress, Writer
+from bdjax.objective import Batch, Objective
+from bdjax.optim import Optimiser, OptimiserState, make_optimiser
+from bdjax.overrides import to_json
+from bdjax.seeds import Purpose, key_for
+from bdjax.step import Model
+
+
+class TrainState(NamedTuple):
+    """All arrays of a run. `step`: updates tried so far."""
+
+    params: Any
+    optimiser: OptimiserState
+    step: Int[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `train` leaves: the run's folder, its metrics, and whether it was interrupted."""
+
+    directory: Path
+    history: list[tuple[int, dict[str, float]]]
+    steps: int
+    interrupted: bool
+    model: LanguageModel
+
+
+@partial(jax.jit, static_argnames=("objective", "model", "optimiser"), donate_argnames="state")
+def train_step(
+    objective: Objective,
+    model: Model,
+    optimiser: Optimiser,
+    state: TrainState,
+    batch: Batch,
+    root: Key[Array, ""],
+) -> tuple[TrainState, dict[str, Array]]:
+    """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step)."""
+    size = objective.block_size.at(state.step)
+    key = key_for(root, Purpose.CORRUPTION, state.step)
+
+    def loss_of(params):
+        parts = objectives.losses(objective, model, params, batch, size, key)
+        return objectives.total(objective, parts), parts
+
+    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
+    metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
+    metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
+    return TrainState(params, inner, state.step + 1), metrics
+
+
+def initial_state(config: TrainConfig, model: Model, optimiser: Optimiser) -> TrainState:
+    """Fresh parameters and optimiser state on the mesh in force."""
+    params = model.init(key_for(jax.random.key(config.seed), Purpose.INIT))
+    return TrainState(params, jax.jit(optimiser.init)(params), jnp.zeros((), jnp.int32))
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM end the loop after the step in flight; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(
+    config: TrainConfig,
+    directory: str | Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Trains `config` into `directory`: checkpoints, metrics.jsonl and TensorBoard events.
+
+    resume: go on from the newest whole checkpoint there, with the same noise and data as if never
+    stopped. Ctrl-C or SIGTERM writes a checkpoint and returns with `interrupted`. Raises
+    FileExistsError when the folder holds a run and `resume` is not asked for, ValueError when it
+    holds another config, CheckpointError for torn or foreign checkpoints.
+    """
+    directory = Path(directory)
+    with jax.set_mesh(config.mesh.build()), Checkpoints(directory, config.keep_checkpoints) as kept:
+        saved = kept.steps()
+        if saved and not resume:
+            raise FileExistsError(
+                f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
+                "or --run with another folder"
+            )
+        train_documents, held_out = config.documents()
+        model = config.build_model()
+        optimiser = make_optimiser(config.optim, model.table(), config.steps)
+        data = training_batches(
+            train_documents,
+            config.tokenizer,
+            config.packing(),
+            config.data.batch_size,
+            config.seed,
+        )
+        state = initial_state(config, model, optimiser)
+        begin = 0
+        if resume and saved:
+            abstract = jax.tree.map(_abstract, state)
+            begin, state, data_state = kept.restore(abstract)
+            data.set_state(data_state)
+            say(f"resumed from step {begin}")
+        root = jax.random.key(config.seed)
+        text = to_json(config)
+        step = partial(train_step, config.objective, model, optimiser)
+        done, written = begin, begin
+
+        def save():
+            nonlocal written
+            if done > written or not saved:
+                kept.save(done, state, text, data.get_state())
+                written = done
+
+        def language_model() -> LanguageModel:
+            return LanguageModel(config=config, model=model, params=state.params)
+
+        with (
+            _Interrupt() as interrupt,
+            Writer(directory) as writer,
+            Progress(config.steps) as progress,
+        ):
+            while done < config.steps and not interrupt.asked:
+                state, metrics = step(state, evaluation.to_device(next(data)), root)
+                done += 1
+                late = writer.write(done, metrics)
+                if late is not None:
+                    values = late[1]
+                    progress.update(late[0], loss=values["loss"], tokens=int(values["tokens"]))
+                if done % config.checkpoint_every == 0:
+                    save()
+                if _due(config, done):
+                    report = evaluate_model(language_model(), held_out, config.evaluation.batches)
+                    writer.write_text(done, "evaluation", str(report))
+                    say(f"step {done}: {report}")
+                    say(_sample(language_model(), config, writer, done))
+            late = writer.flush()
+            if late is not None:
+                progress.update(late[0], loss=late[1]["loss"], tokens=int(late[1]["tokens"]))
+            save()
+        if interrupt.asked:
+            say(f"interrupted: checkpoint of step {done} is in {directory}; --resume goes on")
+        return TrainResult(
+            directory=directory,
+            history=writer.history,
+            steps=done,
+            interrupted=interrupt.asked,
+            model=language_model(),
+        )
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _due(config: TrainConfig, done: int) -> bool:
+    every = config.evaluation.every
+    return every > 0 and done % every == 0 and done < config.steps
+
+
+def evaluate_model(
+    language_model: LanguageModel, documents, batches: int | None = None, **options
+) -> evaluation.Evaluation:
+    """`evaluate` on the rows of `documents`, on all of them or the first `batches` batches."""
+    config = language_model.config
+    rows = evaluation_batches(documents, config.tokenizer, config.packing(), config.data.batch_size)
+    with jax.set_mesh(config.mesh.build()):
+        return evaluation.evaluate(
+            config.objective,
+            language_model.model,
+            language_model.params,
+            (row for _, row in zip(range(batches), rows, strict=False)) if batches else rows,
+            config.tokenizer.token_bytes(),
+            **options,
+        )
+
+
+def _sample(language_model: LanguageModel, config: TrainConfig, writer: Writer, step: int) -> str:
+    wanted = config.evaluation
+    written = generate(
+        language_model, [wanted.prompt], max_new_tokens=wanted.tokens, seed=config.seed
+    )[0]
+    text = wanted.prompt + written.text
+    writer.write_text(step, "sample", text)
+    return text

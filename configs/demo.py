@@ -1,0 +1,46 @@
+"""A block-diffusion model of Python source, small enough for two CPU cores.
+
+make demo
+"""
+
+from bdjax import (
+    DataConfig,
+    DecoderConfig,
+    EvaluationConfig,
+    OptimConfig,
+    Remat,
+    TrainConfig,
+    presets,
+)
+from bdjax.tokenizer import ByteTokenizer
+
+
+def get_config() -> TrainConfig:
+    """0.6 M parameters, block size 4, the standard library's source."""
+    recipe = presets.default(mask_id=ByteTokenizer.mask_id, block_size=4)
+    return TrainConfig(
+        name="demo",
+        steps=1500,
+        model=DecoderConfig(
+            num_layers=3,
+            width=128,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=64,
+            mlp_width=320,
+            clean=recipe.clean,
+            dtype="float32",
+            remat=Remat.NONE,
+        ),
+        objective=recipe.objective,
+        data=DataConfig(row_length=256, batch_size=4),
+        optim=OptimConfig(
+            peak_lr=0.01,
+            warmup_fraction=0.03,
+            decay_start=0.6,
+            final_lr_fraction=0.02,
+            muon=True,
+        ),
+        evaluation=EvaluationConfig(every=0),
+        checkpoint_every=500,
+    )

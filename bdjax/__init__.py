@@ -9,8 +9,8 @@ from bdjax.config import (
     TextFiles,
     TrainConfig,
 )
-from bdjax.evaluate import EXACT_UP_TO, Evaluation
-from bdjax.generate import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.likelihood import EXACT_UP_TO, Evaluation
 from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
 from bdjax.optim import OptimConfig

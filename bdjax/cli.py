@@ -249,7 +249,13 @@ def _evaluate(args) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a clear error, 2 bad usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse takes overrides only right after the config file: those behind a flag come as rest.
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     run = {"train": _train, "sample": _sample, "evaluate": _evaluate}[args.command]
     try:
         return run(args)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bdjax import evaluate as evaluation
+from bdjax import likelihood
 from bdjax import objective as objectives
 from bdjax.checkpoint import Checkpoints
 from bdjax.config import TrainConfig
 from bdjax.data import evaluation_batches, training_batches
-from bdjax.generate import LanguageModel, generate
+from bdjax.generation import LanguageModel, generate
 from bdjax.metrics import Progress, Writer
 from bdjax.objective import Batch, Objective
 from bdjax.optim import Optimiser, OptimiserState, make_optimiser
@@ -140,11 +140,11 @@ def train(
         root = jax.random.key(config.seed)
         text = to_json(config)
         step = partial(train_step, config.objective, model, optimiser)
-        done, written = begin, begin
+        done, written = begin, begin if saved else -1
 
         def save():
             nonlocal written
-            if done > written or not saved:
+            if done > written:
                 kept.save(done, state, text, data.get_state())
                 written = done
 
@@ -157,7 +157,7 @@ def train(
             Progress(config.steps) as progress,
         ):
             while done < config.steps and not interrupt.asked:
-                state, metrics = step(state, evaluation.to_device(next(data)), root)
+                state, metrics = step(state, likelihood.to_device(next(data)), root)
                 done += 1
                 late = writer.write(done, metrics)
                 if late is not None:
@@ -196,12 +196,12 @@ def _due(config: TrainConfig, done: int) -> bool:
 
 def evaluate_model(
     language_model: LanguageModel, documents, batches: int | None = None, **options
-) -> evaluation.Evaluation:
+) -> likelihood.Evaluation:
     """`evaluate` on the rows of `documents`, on all of them or the first `batches` batches."""
     config = language_model.config
     rows = evaluation_batches(documents, config.tokenizer, config.packing(), config.data.batch_size)
     with jax.set_mesh(config.mesh.build()):
-        return evaluation.evaluate(
+        return likelihood.evaluate(
             config.objective,
             language_model.model,
             language_model.params,

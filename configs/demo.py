@@ -33,9 +33,9 @@ def get_config() -> TrainConfig:
             remat=Remat.NONE,
         ),
         objective=recipe.objective,
-        data=DataConfig(row_length=256, batch_size=4),
+        data=DataConfig(row_length=128, batch_size=8),
         optim=OptimConfig(
-            peak_lr=0.01,
+            peak_lr=0.006,
             warmup_fraction=0.03,
             decay_start=0.6,
             final_lr_fraction=0.02,

@@ -59,7 +59,10 @@ def map_table(function: Callable[[Parameter], object], table: Table):
 
 
 def initialise(table: Table, key: PRNGKeyArray):
-    """Float32 arrays for `table`, born sharded; each key folds in the parameter's path."""
+    """Float32 arrays for `table`, sharded as it says; each key folds in the parameter's path.
+
+    Call it under `jax.jit`, so that every array is born in its shards.
+    """
 
     def one(path, parameter: Parameter):
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -67,10 +70,7 @@ def initialise(table: Table, key: PRNGKeyArray):
             own, parameter.shape, jnp.float32, out_sharding=sharding.spec(*parameter.axes)
         )
 
-    build = jax.jit(
-        lambda: jax.tree_util.tree_map_with_path(one, table, is_leaf=is_parameter),
-    )
-    return build()
+    return jax.tree_util.tree_map_with_path(one, table, is_leaf=is_parameter)
 
 
 def count(table: Table) -> int:

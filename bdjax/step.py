@@ -36,7 +36,12 @@ class Model:
 
     def init(self, key):
         """Float32 parameters, born sharded on the mesh in force."""
-        return initialise(self.table(), key)
+        return _initialise(self, key)
+
+
+@partial(jax.jit, static_argnames="model")
+def _initialise(model: Model, key):
+    return initialise(model.table(), key)
 
 
 @partial(jax.jit, static_argnames="model")

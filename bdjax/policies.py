@@ -7,13 +7,16 @@ numbers are traced, so a sweep compiles once. To write one, subclass `Policy` an
 
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdjax.stats import Stats
+
+# A Python number, or whatever jax puts in a leaf's place: a traced array, an abstract value.
+Number = Any
 
 
 class View(NamedTuple):
@@ -82,7 +85,7 @@ def quota(view: View, steps) -> Int[Array, "N 1"]:
 class Sequential(Policy):
     """The leftmost masked slots, `steps` steps per block (SDAR "sequential")."""
 
-    steps: int
+    steps: Number
 
     def select(self, stats: Stats, view: View) -> Bool[Array, "N W"]:
         """As many from the left as the schedule says."""
@@ -93,7 +96,7 @@ class Sequential(Policy):
 class Static(Policy):
     """The most probable slots, `steps` steps per block (SDAR "low_confidence_static")."""
 
-    steps: int
+    steps: Number
 
     def select(self, stats: Stats, view: View) -> Bool[Array, "N W"]:
         """As many by confidence as the schedule says."""
@@ -107,8 +110,8 @@ class Dynamic(Policy):
     Strict: prob > threshold. steps = block size asks for at least one slot a step.
     """
 
-    threshold: float
-    steps: int
+    threshold: Number
+    steps: Number
 
     def select(self, stats: Stats, view: View) -> Bool[Array, "N W"]:
         """{prob > threshold} if it is large enough, else the schedule's most probable ones."""
@@ -122,7 +125,7 @@ class Dynamic(Policy):
 class Threshold(Policy):
     """All slots with prob >= threshold, or the single most probable one (Fast-dLLM)."""
 
-    threshold: float
+    threshold: Number
 
     def select(self, stats: Stats, view: View) -> Bool[Array, "N W"]:
         """{prob >= threshold}; the base class adds the best slot where that is empty."""
@@ -140,7 +143,7 @@ class EntropyForm(Enum):
 class EntropyBounded(Policy):
     """The lowest-entropy slots whose summed entropy stays within `budget` nats."""
 
-    budget: float
+    budget: Number
     form: EntropyForm = EntropyForm.EB
 
     def select(self, stats: Stats, view: View) -> Bool[Array, "N W"]:

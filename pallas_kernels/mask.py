@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-# Arrays of any shape that broadcast against each other.
-Integers = Int[Array | np.ndarray, "..."]
-Booleans = Bool[Array | np.ndarray, "..."]
+# Integers, or arrays of them of any shape that broadcast against each other.
+Integers = Int[Array | np.ndarray, "..."] | int
+Booleans = Bool[Array | np.ndarray, "..."] | bool
 
 
 class CleanMode(Enum):

@@ -206,9 +206,28 @@ def host(state):
     return jax.tree.map(copy, state)
 
 
+def infilled_rows() -> Rows:
+    """`mixed_rows` with given tokens scattered over canvases and over later blocks."""
+    rows, random = mixed_rows(), np.random.default_rng(2)
+    inside = np.arange(SLOTS) < rows.limit[:, None]
+    extra = inside & ~rows.given & (random.uniform(size=rows.given.shape) < 0.3)
+    extra[np.arange(ROWS), rows.prompt] = False  # the prompt ends where it says
+    events = np.where(extra, random.integers(0, MASK, extra.shape), rows.events)
+    return rows._replace(events=events, given=rows.given | extra)
+
+
+TEMPERATURE = np.array([1.0, 0.7, 1.0, 0.0], np.float32)[np.arange(ROWS) % 4]
+
+
 @cache
-def sampled(clean=CleanMode.TOKEN, fused=True, alignment=Alignment.SAME_POSITION, attention=DENSE):
-    """`mixed_rows` written by all rules at temperatures 1, 0.7 and 0; shared by the tests."""
-    temperature = np.array([1.0, 0.7, 1.0, 0.0])[np.arange(ROWS) % 4]
+def sampled(
+    clean=CleanMode.TOKEN,
+    fused=True,
+    alignment=Alignment.SAME_POSITION,
+    attention=DENSE,
+    infilled=False,
+):
+    """Rows written by all rules at temperatures 1, 0.7 and 0; shared by the tests."""
+    rows = infilled_rows() if infilled else mixed_rows()
     plan = sampler(clean, fused, alignment, attention)
-    return finish(plan, mixed_rows(), controls(temperature=temperature))
+    return finish(plan, rows, controls(temperature=TEMPERATURE))

@@ -107,7 +107,7 @@ class ExactCount(Draw):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Base of the schedules: p(t) is the probability that a token is masked, p(0)=0, p(1)=1.
+    """Base of the schedules: p(t) is the probability that a token is masked, from p(0)=0 up.
 
     The NELBO weight is p'(t) / p(t) (-alpha'/(1-alpha) of Shi et al. 2024, eq. 5), by autodiff.
     """
@@ -136,8 +136,8 @@ class Cosine(Schedule):
     """p = 1 - cos(pi t / 2) (MD4)."""
 
     def p(self, t: Float[Array, ""]) -> Float[Array, ""]:
-        """1 - cos(pi t / 2)."""
-        return 1 - jnp.cos(jnp.pi / 2 * t)
+        """1 - cos(pi t / 2), written without its cancellation at small t."""
+        return 2 * jnp.sin(jnp.pi / 4 * t) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)

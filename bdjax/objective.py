@@ -61,6 +61,8 @@ class BlockSize:
     def __post_init__(self):
         if self.first < 1:
             raise ValueError(f"block size first={self.first} must be at least 1")
+        if self.double_every < 0:
+            raise ValueError(f"double_every={self.double_every} must be 0 (constant) or more")
         if (self.last is None) != (self.double_every == 0):
             raise ValueError(
                 f"a growing block size needs both last and double_every, got last={self.last} "

@@ -104,13 +104,14 @@ def _chunks(readout: TokenReadout, head: Float[Array, "v D"], bias=None):
         start = jnp.minimum(index * size, local - size)
         column = start + jnp.arange(size)
         ids = column + _offset(local)
-        allowed = column >= index * size
+        fresh = column >= index * size
+        allowed = fresh
         for banned in readout.banned:
             allowed &= ids != banned
         extra = jnp.where(allowed, 0.0, _BANNED)
         if bias is not None:
             extra += lax.dynamic_slice_in_dim(bias, start, size)
-        return start, lax.dynamic_slice_in_dim(head, start, size), ids, extra
+        return start, lax.dynamic_slice_in_dim(head, start, size), ids, extra, fresh
 
     return -(-local // size), read
 
@@ -156,11 +157,11 @@ def _nll_forward(readout: TokenReadout, hidden, head, rows, labels, scored):
 
         def over_vocabulary(j, state):
             top, total, picked = state
-            _, weight, columns, extra = read(j)
+            _, weight, columns, extra, fresh = read(j)
             logits = _logits(x, weight, extra)
             new_top = jnp.maximum(top, logits.max(axis=1))
             total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
-            hit = (columns == target[:, None]) & (extra > _BANNED / 2)
+            hit = (columns == target[:, None]) & fresh
             return new_top, total, picked + jnp.where(hit, logits, 0.0).sum(axis=1)
 
         start = (
@@ -192,19 +193,21 @@ def _nll_backward(readout: TokenReadout, hidden, head, rows, labels, scored, lse
     chunk = min(readout.row_chunk, rows.size)
     count, read = _chunks(readout, head)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    grad = jnp.where(scored, d_nll, 0.0).reshape(-1)
+    grad, done = jnp.where(scored, d_nll, 0.0).reshape(-1), scored.reshape(-1)
 
     def visit(index, grads):
         d_hidden, d_head = grads
         taken = _take(queue, chunk, index, queue.row, labels.reshape(-1), lse.reshape(-1), grad)
         ids, row, target, log_total, g = taken
-        x = flat[row]
+        # The last chunk is filled with entries that are not scored: 0 * inf would be NaN.
+        live = done.at[ids].get(mode="fill", fill_value=False)[:, None]
+        x = jnp.where(live, flat[row], 0)
 
         def over_vocabulary(j, state):
             d_x, d_head = state
-            start, weight, columns, extra = read(j)
+            start, weight, columns, extra, fresh = read(j)
             share = jnp.exp(_logits(x, weight, extra) - log_total[:, None])
-            hit = (columns == target[:, None]) & (extra > _BANNED / 2)
+            hit = (columns == target[:, None]) & fresh
             d_logits = (g[:, None] * (share - hit)).astype(x.dtype)
             d_x += jnp.einsum("rv,vd->rd", d_logits, weight, preferred_element_type=wide)
             part = jnp.einsum("rv,rd->vd", d_logits, x, preferred_element_type=wide)
@@ -212,8 +215,7 @@ def _nll_backward(readout: TokenReadout, hidden, head, rows, labels, scored, lse
             return d_x, lax.dynamic_update_slice_in_dim(d_head, old + part, start, axis=0)
 
         d_x, d_head = lax.fori_loop(0, count, over_vocabulary, (jnp.zeros(x.shape, wide), d_head))
-        real = ids < rows.size
-        return d_hidden.at[row].add(jnp.where(real[:, None], d_x, 0.0)), d_head
+        return d_hidden.at[row].add(jnp.where(live, d_x, 0.0)), d_head
 
     zeros = jnp.zeros(flat.shape, wide), jnp.zeros(head.shape, wide)
     d_hidden, d_head = lax.fori_loop(0, queue.trips, visit, zeros)
@@ -262,7 +264,7 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         count, read = _chunks(readout, head, shaping.bias)
 
         def chunk(index):
-            _, weight, ids, extra = read(index)
+            _, weight, ids, extra, _ = read(index)
             return ids, _logits(x, weight, extra)
 
         vocabulary = stats.Vocabulary(

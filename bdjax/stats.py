@@ -77,13 +77,16 @@ class Scan(NamedTuple):
 
 
 def gumbel(keys: Key[Array, "R"], ids: Int[Array, "*v"]) -> Float[Array, "R v"]:
-    """Standard Gumbel noise of each (slot, id), from 24 bits of one hash of the two."""
+    """Standard Gumbel noise of each (slot, id), from 32 bits of one hash of the two.
+
+    Always finite: the uniform number stays inside (0, 1), finest where the noise is largest.
+    """
     if ids.ndim == 1:
         ids = jnp.broadcast_to(ids, (keys.shape[0], ids.shape[0]))
     mixed = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, ids)
-    bits = jax.random.key_data(mixed)[..., 0] >> 8
-    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-24
-    return -jnp.log(-jnp.log(uniform))
+    bits = jax.random.key_data(mixed)[..., 0]
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
 
 
 def _best(value, ids, logits) -> Best:
@@ -197,6 +200,7 @@ def nucleus(
     whole = jnp.ones_like(log_total) if top_k is None else reached[:, -1]
     if top_p is not None:
         kept &= reached - prob < top_p[:, None] * whole[:, None]
+    kept |= jnp.arange(value.shape[1]) == 0
     noisy = jnp.where(kept, value + gumbel(vocabulary.keys, ids), _NONE)
     at = noisy.argmax(axis=1)[:, None]
     take = lambda x: jnp.take_along_axis(x, at, axis=1)[:, 0]  # noqa: E731
@@ -205,7 +209,10 @@ def nucleus(
     close = Nucleus(drawn, jnp.log(mass))
     if top_p is None or top_k is not None:
         return close
-    open_rows = (reached[:, -1] < top_p) & (prob[:, -1] > 0)
+    everything = top_p >= 1
+    whole_vocabulary = Nucleus(scan.drawn, jnp.zeros_like(mass))
+    close = jax.tree.map(lambda a, b: jnp.where(everything, a, b), whole_vocabulary, close)
+    open_rows = ~everything & (reached[:, -1] < top_p) & (prob[:, -1] > 0)
 
     def widen():
         wide = _wide_nucleus(vocabulary, log_total, top_p)

@@ -1,7 +1,8 @@
 """From token integers to the kernels' input: at most two key intervals per query.
 
 Key order contract: clean keys before noisy views, views ascending; inside a stream segments ascend,
-inside a segment `order` (clean) and `block` ascend. Padding (segment 0) may stand anywhere.
+inside a segment `order` (clean) and `block` ascend. Padding (segment 0) may stand before, between
+and after segments, not inside one: two intervals could not leave it out.
 """
 
 from typing import NamedTuple

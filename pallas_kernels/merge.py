@@ -15,12 +15,13 @@ def merge(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """softmax over the union of the keys: sum_i exp(lse_i - lse) out_i, lse = log sum_i exp lse_i.
 
-    Sums in float32, returns out in out_1's type. Differentiable in all four arguments.
+    Sums in float32 or wider, returns out in out_1's type. Differentiable in all four arguments.
     """
     top = jnp.maximum(lse_1, lse_2)
     weight_1, weight_2 = jnp.exp(lse_1 - top), jnp.exp(lse_2 - top)
     total = weight_1 + weight_2
     share_1, share_2 = (weight_1 / total)[..., None], (weight_2 / total)[..., None]
-    out = out_1.astype(jnp.float32) * share_1 + out_2.astype(jnp.float32) * share_2
+    wide = jnp.promote_types(out_1.dtype, jnp.float32)
+    out = out_1.astype(wide) * share_1 + out_2.astype(wide) * share_2
     lse = jnp.where(top > EMPTY / 2, top + jnp.log(total), EMPTY)
     return out.astype(out_1.dtype), lse

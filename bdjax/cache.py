@@ -55,13 +55,19 @@ def write(cache: Cache, new: KeyValues, places: Places, commit: Bool[Array, "N W
     slots = cache.block.shape[1]
     slot = jnp.where(commit, places.position, slots)
 
-    def put(stack, values):
-        return jax.vmap(lambda row, value, at: row.at[:, at].set(value, mode="drop"), (1, 1, 0), 1)(
-            stack, values, slot
-        )
+    def put(stack, values, slot):
+        # One scatter on the stack as it lies: a vmap over rows would transpose, and so copy, it.
+        row = jnp.arange(slot.shape[0])[:, None]
+        return stack.at[:, row, slot].set(values, mode="drop")
 
+    put = sharding.per_shard(put, (AXES, AXES, ("batch", "length")), AXES)
     block = jax.vmap(lambda row, value, at: row.at[at].set(value, mode="drop"))(
         cache.block, places.block, slot
     )
     reach = jnp.where(commit, places.position + 1, 0).max(axis=1)
-    return Cache(put(cache.k, new.k), put(cache.v, new.v), block, jnp.maximum(cache.length, reach))
+    return Cache(
+        put(cache.k, new.k, slot),
+        put(cache.v, new.v, slot),
+        block,
+        jnp.maximum(cache.length, reach),
+    )

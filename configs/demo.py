@@ -13,6 +13,7 @@ from bdjax import (
     presets,
 )
 from bdjax.tokenizer import ByteTokenizer
+from pallas_kernels import Blockwise
 
 
 def get_config() -> TrainConfig:
@@ -20,7 +21,7 @@ def get_config() -> TrainConfig:
     recipe = presets.default(mask_id=ByteTokenizer.mask_id, block_size=4)
     return TrainConfig(
         name="demo",
-        steps=1500,
+        steps=1100,
         model=DecoderConfig(
             num_layers=3,
             width=128,
@@ -30,17 +31,18 @@ def get_config() -> TrainConfig:
             mlp_width=320,
             clean=recipe.clean,
             dtype="float32",
-            remat=Remat.NONE,
+            remat=Remat.FULL,
+            attention=Blockwise(query_tile=32, key_tile=32),
         ),
         objective=recipe.objective,
         data=DataConfig(row_length=128, batch_size=8),
         optim=OptimConfig(
             peak_lr=0.006,
             warmup_fraction=0.03,
-            decay_start=0.6,
+            decay_start=0.4,
             final_lr_fraction=0.02,
             muon=True,
         ),
         evaluation=EvaluationConfig(every=0),
-        checkpoint_every=500,
+        checkpoint_every=550,
     )

@@ -27,7 +27,7 @@ from bdjax.sharding import reshard
 from bdjax.step import Model
 from pallas_kernels import Blockwise, CleanMode, Dense
 
-VOCAB, MASK, WIDTH, BLOCK = 20, 19, 32, 4
+VOCAB, MASK, STOP, WIDTH, BLOCK = 20, 19, 17, 32, 4
 ROWS, SLOTS, PREFILL = 16, 24, 12
 KEY = 11
 TILES = Blockwise(query_tile=8, key_tile=8)
@@ -157,12 +157,16 @@ class Rows(NamedTuple):
 
 
 def mixed_rows() -> Rows:
-    """Prompts of 1 .. 2B + 1 at block size B, then smaller sizes; limits that are no multiples."""
+    """Prompts of 1 .. 2B + 1 at block size B, then smaller sizes; limits that are no multiples.
+
+    Some prompts hold STOP.
+    """
     prompt = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 5, 3, 6, 2, 7, 4])
     size = np.array([4] * 9 + [1, 1, 2, 2, 3, 3, 3])
     limit = np.array([24, 21, 24, 22, 23, 24, 17, 24, 19, 12, 13, 19, 24, 24, 20, 22])
     events = np.random.default_rng(1).integers(0, MASK, (ROWS, SLOTS))
     given = np.arange(SLOTS) < prompt[:, None]
+    events[[2, 5, 6, 14], [1, 4, 5, 6]] = STOP  # in prompts' parts that stand in first canvases
     events = np.where(given, events, 0)
     return Rows(
         events, given, *(x.astype(np.int32) for x in (prompt, limit, size)), np.arange(ROWS)

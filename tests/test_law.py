@@ -26,6 +26,7 @@ from sampling import (
     WIDTH,
     controls,
     host,
+    infilled_rows,
     mixed_rows,
     sampled,
     sampler,
@@ -450,7 +451,10 @@ class Flow:
 
 
 class Euler:
-    """`steps` equal steps from t = 1 to 0; all slots move together and are filled by the last."""
+    """`steps` equal steps from t = 1 to 0; all slots move together and are filled by the last.
+
+    It claims every slot: keeping given ones and those beyond the limit is the loop's business.
+    """
 
     def __init__(self, steps):
         self.steps = steps
@@ -459,9 +463,9 @@ class Euler:
         left = 1 - (view.step + 1) / self.steps
         x = canvas[..., :-1] - stats.token / self.steps
         t = jnp.broadcast_to(left[:, None, None], canvas[..., -1:].shape)
-        last = view.step + 1 >= self.steps
-        moved = jnp.concatenate([x, t], axis=-1)
-        return Update(moved, view.masked, view.masked & last[:, None])
+        everywhere = view.masked | True
+        last = (view.step + 1 >= self.steps)[:, None]
+        return Update(jnp.concatenate([x, t], axis=-1), everywhere, everywhere & last)
 
 
 jax.tree_util.register_pytree_node(

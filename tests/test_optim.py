@@ -124,7 +124,7 @@ def test_the_mesh_changes_nothing(muon, axes):
     for name, leaf in named(abstract).items():
         if leaf.sharding is not None:  # eval_shape leaves it out where nothing is split
             assert named(got[1])[name].sharding.spec == leaf.sharding.spec, name
-    close = partial(np.testing.assert_allclose, atol=1e-6)
+    close = partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-6)
     jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b)), got, wanted)
 
 

@@ -266,6 +266,16 @@ def test_entropy_forms_nest():
         assert (sdar <= eb).all() and (sdar.sum() < eb.sum())
 
 
+def test_entropy_budgets_at_equality():
+    """EB is within the budget at sum - max = budget, SDAR's form is not at sum = budget."""
+    _, view = cases()
+    view = view._replace(masked=view.masked | True)
+    nats = jnp.asarray([0.5, 0.25, 2.0, 1.0, 4.0, 4.0, 4.0, 4.0]) + jnp.zeros((ROWS, 1))
+    stats = fake(np.full((ROWS, B), 0.5))._replace(entropy=nats)
+    assert (accepted(EntropyBounded(budget=0.75), stats, view).sum(axis=1) == 3).all()
+    assert (accepted(EntropyBounded(budget=0.75, form=SDAR), stats, view).sum(axis=1) == 1).all()
+
+
 def test_entropy_budget_bounds_what_it_says():
     """EB: the accepted entropies without the largest sum to at most the budget, and one more
     slot would break it. SDAR: all of them sum to less."""

@@ -18,6 +18,7 @@ from sampling import (
     ROWS,
     RULES,
     SLOTS,
+    STOP,
     TEMPERATURE,
     TILES,
     VOCAB,
@@ -43,7 +44,7 @@ from bdjax.objective import Alignment
 from bdjax.policies import Threshold
 from bdjax.readout import Shaping, TokenReadout
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, advance, start
-from bdjax.sharding import make_mesh
+from bdjax.sharding import make_mesh, reshard
 from bdjax.step import Model, block_step
 from pallas_kernels import Blockwise, CleanMode
 
@@ -153,9 +154,6 @@ def test_fusing_refuses_models_that_read_a_separate_commit():
     sampler(fused=False, alignment=Alignment.SHIFTED_NOISY)
 
 
-STOP = 17
-
-
 @cache
 def watched(fused: bool, stop: int):
     """Every state of the default run, one forward at a time."""
@@ -219,8 +217,10 @@ def test_a_stop_token_ends_the_row_with_its_block():
     np.testing.assert_array_equal(stopped.events, np.where(kept, whole.events, MASK))
     used = steps_used(whole, rows) * (first[:, None] >= POSITION)
     np.testing.assert_array_equal(stopped.forwards, used.sum(axis=1))
-    in_prompt = ((rows.events == STOP) & rows.given).any(axis=1)
-    assert (in_prompt & (stopped.block > rows.prompt // rows.size)).any()
+    first_canvas = blocks_of(rows) == (rows.prompt // rows.size)[:, None]
+    in_prompt = (rows.events == STOP) & rows.given
+    for prompted in (in_prompt & first_canvas, in_prompt & ~first_canvas):
+        assert (prompted.any(axis=1) & (stopped.block > rows.prompt // rows.size)).any()
     assert 0 < (first < SLOTS).sum() < ROWS and (whole.forwards > stopped.forwards).any()
 
 
@@ -245,6 +245,17 @@ def test_a_row_does_not_depend_on_its_neighbours():
         np.testing.assert_array_equal(got.record.step[0], wanted.record.step[row])
         raw = got.record.logprob_raw[0]
         np.testing.assert_allclose(raw, wanted.record.logprob_raw[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("alignment", [Alignment.SAME_POSITION, SHIFTED], ids=named)
+def test_an_empty_prompt_does_not_see_how_long_the_prefill_is(alignment):
+    """A batch-mate's long prompt makes the prefill longer, not another text."""
+    rows = mixed_rows()
+    rows = rows._replace(prompt=rows.prompt * 0, given=rows.given & False)
+    outcomes = [
+        finish(sampler(alignment=alignment), rows, controls(), prefill=n) for n in (0, PREFILL)
+    ]
+    np.testing.assert_array_equal(outcomes[0].events, outcomes[1].events)
 
 
 def test_row_ids_keep_noise_apart():
@@ -322,8 +333,8 @@ def test_records(run):
 
 
 def test_one_compilation_for_every_number():
-    """Rules, thresholds, temperatures, top-k, top-p, stop ids, prompts, limits, block sizes, budgets
-    and requests may all change: `start` and `advance` compile once."""
+    """Rules, thresholds, temperatures, top-k, top-p, stop ids, prompts, limits, block sizes, row
+    ids and budgets may all change: `start` and `advance` compile once."""
     plan, rows = sampler(), mixed_rows()
     smaller = rows._replace(size=np.maximum(rows.size - 1, 1))
     tighter = rows._replace(limit=np.minimum(rows.limit, 15))
@@ -444,8 +455,7 @@ def test_a_uniform_denoiser_is_never_sure():
 def test_any_mesh_writes_the_same(data, tensor):
     """Rows, heads and vocabulary split over devices give the tokens of one device."""
     with jax.set_mesh(make_mesh(data=data, tensor=tensor)):
-        params = tiny().init(jax.random.key(0))
-        params |= {"head": params["head"] * 2, "embed": params["embed"] * 20}
+        params = jax.tree.map(lambda p, x: reshard(x, *p.axes), tiny().table(), weights())
         got = finish(sampler(), mixed_rows(), controls(temperature=TEMPERATURE), params)
     wanted = sampled()
     np.testing.assert_array_equal(got.events, wanted.events)

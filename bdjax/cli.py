@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -52,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _TRAIN)
     train.add_argument("config", help="Python file with get_config()")
-    train.add_argument("overrides", nargs="*", help="dotted overrides, as in model.num_layers=4")
+    # Without a default, argparse calls the overrides required when the config file is missing.
+    train.add_argument(
+        "overrides", nargs="*", default=[], help="dotted overrides, as in model.num_layers=4"
+    )
     train.add_argument("--run", help="folder of the run (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
     train.add_argument("--print-config", action="store_true", help="show the result and stop")
@@ -63,10 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--infill",
         action="append",
-        help="text with blanks to fill; right context is seen only inside the block of a blank",
+        help="text whose blanks are filled, and nothing else; text right of a blank is seen only "
+        "inside its block",
     )
     sample.add_argument("--blank", default="_", help="the character that marks one blank (_)")
-    sample.add_argument("--tokens", type=int, default=128, help="new tokens at most (128)")
+    sample.add_argument(
+        "--tokens", type=int, default=128, help="new tokens after a prompt, at most (128)"
+    )
     sample.add_argument(
         "--max-length",
         type=int,
@@ -99,11 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=1.0, help="0 is most probable (1.0)")
     sample.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
     sample.add_argument("--top-p", type=float, help="draw from the fewest tokens of mass p")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=int, default=0, help="same seed, same text (0)")
     sample.add_argument(
         "--separate-commit", action="store_true", help="one forward more per block, same text"
     )
-    sample.add_argument("--watch", action="store_true", help="show the text being denoised")
+    sample.add_argument(
+        "--watch", action="store_true", help="show the first text being denoised, on a terminal"
+    )
     sample.add_argument("--json", action="store_true", help="one JSON object per row")
 
     evaluate = command("evaluate", _EVALUATE)
@@ -117,13 +127,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"enumerate all masks (block size up to {bdjax.EXACT_UP_TO})",
     )
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the noise draws (0)")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
 
 def _policy(args, size: int) -> bdjax.Policy:
-    steps = args.steps or size
+    steps = size if args.steps is None else args.steps
+    if steps < 1:
+        raise ValueError(f"--steps {steps} must be at least 1; type --steps {size}")
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold} is no probability; type --threshold 0.9")
+    if not args.entropy_budget >= 0:
+        raise ValueError(
+            f"--entropy-budget {args.entropy_budget} must be 0 nats or more; type "
+            "--entropy-budget 0.1"
+        )
     return {
         "dynamic": lambda: bdjax.Dynamic(threshold=args.threshold, steps=steps),
         "threshold": lambda: bdjax.Threshold(threshold=args.threshold),
@@ -159,54 +178,69 @@ def _blanks(tokenizer, text: str, blank: str) -> list[int | None]:
     ids: list[int | None] = []
     for number, part in enumerate(text.split(blank)):
         ids += [None] * (number > 0) + tokenizer.encode(part).tolist()
+    if None not in ids:
+        raise ValueError(
+            f"--infill {text!r} has no blank {blank!r} to fill; type one, as in --infill "
+            f"{text + blank!r}, or use --prompt"
+        )
     return ids
 
 
 def _sample(args) -> int:
     loaded = bdjax.load(args.run)
     tokenizer = loaded.config.tokenizer
-    size = args.block_size or loaded.config.objective.block_size.largest
-    templates = [_blanks(tokenizer, text, args.blank) for text in args.infill or []]
-    shown = list(args.prompt or ([] if templates else [""]))
-    prompts = shown + templates
-    names = shown + [text.split(args.blank)[0] for text in args.infill or []]
-    console = Console()
+    size = loaded.config.block_size(args.block_size)
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens} must be at least 1; type --tokens 128")
+    infill = args.infill or []
+    prompts = list(args.prompt or ([] if infill else [""]))
+    templates = [_blanks(tokenizer, text, args.blank) for text in infill]
+    names = prompts + [text.split(args.blank)[0] for text in infill]
+    options = {
+        "max_length": args.max_length,
+        "policy": _policy(args, size),
+        "block_size": size,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "fused": False if args.separate_commit else None,
+        "seed": args.seed,
+    }
 
     def run(watch=None):
-        return bdjax.generate(
+        """Prompts go on until they stop; templates keep all of their own text and end with it."""
+        ended = bdjax.generate(loaded, prompts, max_new_tokens=args.tokens, watch=watch, **options)
+        filled = bdjax.generate(
             loaded,
-            prompts,
-            max_new_tokens=args.tokens,
-            max_length=args.max_length,
-            policy=_policy(args, size),
-            block_size=size,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            fused=False if args.separate_commit else None,
-            seed=args.seed,
-            watch=watch,
+            templates,
+            max_new_tokens=0,
+            stop=(),
+            watch=None if prompts else watch,
+            **options,
         )
+        return ended + filled
 
-    if args.watch and not args.json:
+    console = Console()
+    watched = args.watch and console.is_terminal and not args.json
+    if watched:
         with Denoising(console) as view:
             results = run(lambda snapshot: show(view, tokenizer, names[0], snapshot))
-        written = results[1:]
-        rest = names[1:]
+            # What is left on the screen is the text as it is returned, cut at its stop token.
+            view.update(names[0], [results[0].text])
     else:
-        results = written = run()
-        rest = names
+        results = run()
     if args.json:
         for name, result in zip(names, results, strict=True):
-            print(json.dumps({"prompt": name} | _plain(asdict(result))))
+            print(_json({"prompt": name} | asdict(result)))
         return 0
-    for name, result in zip(rest, written, strict=True):
+    for name, result in list(zip(names, results, strict=True))[watched:]:
         print(clean_text(name + result.text))
     for result in results:
-        rate = len(result.tokens) / max(result.forwards, 1)
+        written = int((result.step >= 0).sum())
+        rate = written / max(result.forwards, 1)
         print(
-            f"[{len(result.tokens)} tokens, {result.forwards} forwards, {rate:.2f} tokens per "
-            f"forward, ended by {result.finish}]",
+            f"[{written} tokens, {result.forwards} forwards, {rate:.2f} tokens per forward, ended "
+            f"by {result.finish}]",
             file=sys.stderr,
         )
     return 0
@@ -224,8 +258,19 @@ def show(view: Denoising, tokenizer, prompt: str, snapshot: bdjax.Snapshot) -> N
     view.update(prompt, pieces)
 
 
-def _plain(result: dict) -> dict:
-    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in result.items()}
+def _json(value) -> str:
+    """One line of strict JSON: arrays are lists, and null stands for what is no finite number."""
+
+    def plain(value):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def _evaluate(args) -> int:
@@ -243,8 +288,13 @@ def _evaluate(args) -> int:
         exact=args.exact,
         seed=args.seed,
     )
-    print(json.dumps(asdict(found)) if args.json else found)
+    print(_json(asdict(found)) if args.json else found)
     return 0
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning is a sentence to the user; where in the code it arose is not."""
+    print(f"bdjax: warning: {clean_text(str(message))}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,12 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and (args.command != "train" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     run = {"train": _train, "sample": _sample, "evaluate": _evaluate}[args.command]
     try:
-        return run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return run(args)
     except (ValueError, OSError, bdjax.CheckpointError) as error:
-        print(f"bdjax: {error}", file=sys.stderr)
+        # The text may quote a checkpoint that somebody else wrote.
+        print(f"bdjax: {clean_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bdjax: interrupted", file=sys.stderr)

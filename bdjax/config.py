@@ -21,6 +21,12 @@ from pallas_kernels import Blockwise, Dense
 _VOCAB_MULTIPLE = 8
 
 
+def check_seed(seed: int) -> None:
+    """Refuses what is no 32-bit seed: JAX would cut it to one without a word."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 to {2**32 - 1}; type seed=0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Base of the corpora."""
@@ -65,6 +71,22 @@ class DataConfig:
     tail: Tail = Tail.FILL
     held_out_fraction: float = 0.05
 
+    def __post_init__(self):
+        if self.row_length < 2:
+            raise ValueError(
+                f"data.row_length={self.row_length} has no room for BOS and a token; type "
+                "data.row_length=256"
+            )
+        if self.batch_size < 1:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} must be at least 1; type data.batch_size=8"
+            )
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(
+                f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1; type "
+                "data.held_out_fraction=0.05"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -77,7 +99,14 @@ class MeshConfig:
     def __post_init__(self):
         for name in ("data", "fsdp", "tensor"):
             if getattr(self, name) < 1:
-                raise ValueError(f"mesh.{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(
+                    f"mesh.{name}={getattr(self, name)} must be at least 1; type mesh.{name}=1"
+                )
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh takes."""
+        return self.data * self.fsdp * self.tensor
 
     def build(self) -> jax.sharding.Mesh:
         """The explicit mesh; ValueError when this machine has too few devices."""
@@ -92,6 +121,19 @@ class EvaluationConfig:
     batches: int = 8
     prompt: str = ""
     tokens: int = 128
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(
+                f"evaluation.every={self.every} must not be negative; type evaluation.every=0 "
+                "for no evaluation"
+            )
+        for name, example in (("batches", 8), ("tokens", 128)):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"evaluation.{name}={getattr(self, name)} must be at least 1; type "
+                    f"evaluation.{name}={example}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +153,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
-        if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 1")
+        for name, example in (("steps", 1000), ("checkpoint_every", 1000), ("keep_checkpoints", 2)):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1; type {name}={example}"
+                )
+        check_seed(self.seed)
         self.objective.check(self.model.clean)
         largest = self.objective.block_size.largest
         if largest > self.data.row_length:
@@ -122,7 +166,18 @@ class TrainConfig:
                 f"objective.block_size of {largest} is longer than data.row_length="
                 f"{self.data.row_length}; type data.row_length={largest}"
             )
-        self.packing()
+        if self.data.aligned and self.data.row_length % largest:
+            raise ValueError(
+                f"data.row_length={self.data.row_length} is not a multiple of "
+                f"objective.block_size of {largest}; type data.row_length="
+                f"{-(-self.data.row_length // largest) * largest}, or data.aligned=false"
+            )
+        prompt = len(self.tokenizer.encode(self.evaluation.prompt)) + 1
+        if self.evaluation.every and prompt >= self.data.row_length:
+            raise ValueError(
+                f"evaluation.prompt has {prompt} tokens with BOS, which leaves no room in "
+                f"data.row_length={self.data.row_length}; type a shorter evaluation.prompt"
+            )
         mask_id = getattr(self.objective.process, "mask_id", None)
         if mask_id != self.tokenizer.mask_id:
             raise ValueError(
@@ -160,8 +215,22 @@ class TrainConfig:
         """Rows of the embedding: the tokenizer's ids, padded."""
         return -(-self.tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
+    def block_size(self, asked: int | None = None) -> int:
+        """The block size to sample or evaluate with: `asked`, or the largest of the training.
+
+        Raises ValueError for one that no training row could hold.
+        """
+        trained = self.objective.block_size.largest
+        size = trained if asked is None else asked
+        if not 1 <= size <= self.data.row_length:
+            raise ValueError(
+                f"block_size={size} must be from 1 to {self.data.row_length}, the length of the "
+                f"training rows; type --block-size {trained}"
+            )
+        return size
+
     def packing(self) -> PackingConfig:
-        """How documents share rows; ValueError when blocks do not divide an aligned row."""
+        """How documents share rows."""
         align = self.objective.block_size.largest if self.data.aligned else 1
         return PackingConfig(row_length=self.data.row_length, align=align, tail=self.data.tail)
 

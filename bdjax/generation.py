@@ -1,7 +1,7 @@
 """Text in, text out: prompts become requests, the sampler runs, results are cut and named."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from bdjax import sharding
 from bdjax.checkpoint import read_config, restore_params
-from bdjax.config import TrainConfig, config_from_json
+from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
 from bdjax.objective import Alignment
 from bdjax.policies import Dynamic, Policy
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, State, advance, start
@@ -22,6 +22,8 @@ from bdjax.step import Model
 
 # Cache lengths and prefills are rounded up to multiples of these, so that few programs compile.
 _SLOTS, _PREFILL = 64, 32
+# Outside, float32 divides logits to infinity, or a banned token's down to the others'.
+_COLDEST, _HOTTEST = 1e-6, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,12 @@ class LanguageModel:
 def load(directory: str | Path, step: int | None = None) -> LanguageModel:
     """The model of a run's newest whole checkpoint, or of `step`, on the mesh of its config.
 
-    Raises CheckpointError for a missing, torn or foreign checkpoint.
+    Where that needs more devices than this machine has, on one: what a pod trained, a laptop
+    samples. Raises CheckpointError for a missing, torn or foreign checkpoint.
     """
     config = config_from_json(read_config(directory, step))
+    if config.mesh.devices > jax.device_count():
+        config = replace(config, mesh=MeshConfig())
     model = config.build_model()
     with jax.set_mesh(config.mesh.build()):
         abstract = jax.eval_shape(model.init, jax.random.key(0))
@@ -99,7 +104,8 @@ def generate(
 
     A prompt is text, or token ids in which None is a slot to fill: given tokens stay as they are,
     and a slot sees those of its own block and of everything before, never further right.
-    max_length (default: the training rows' length) bounds prompt and text together. policy defaults
+    max_new_tokens come after the prompt, none if 0 and it has slots to fill. max_length (default:
+    the training rows' length) bounds prompt and text together. policy defaults
     to `Dynamic(threshold=0.9)`, stop to the end-of-sequence token, fused to True where the model's
     alignment allows it. `watch` is called after every forward.
 
@@ -107,14 +113,28 @@ def generate(
     vocabulary, and for options out of range.
     """
     config = language_model.config
-    size = block_size or config.objective.block_size.largest
-    _check_options(temperature, top_k, top_p, max_new_tokens, size)
-    longest = max_length or config.data.row_length
+    size = config.block_size(block_size)
+    _check_options(temperature, top_k, top_p, max_new_tokens)
+    check_seed(seed)
+    longest = config.data.row_length if max_length is None else max_length
+    if longest < 2:
+        raise ValueError(
+            f"max_length={longest} has no room for BOS and a token; type --max-length "
+            f"{config.data.row_length}"
+        )
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a text, and should be a list of them; type [prompt]")
     rows = [_prompt_ids(config, number, prompt, longest) for number, prompt in enumerate(prompts)]
     if not rows:
         return []
     shards = config.mesh.data * config.mesh.fsdp
     padded = -(-len(rows) // shards) * shards
+    for number, row in enumerate(rows):
+        if max_new_tokens == 0 and None not in row:
+            raise ValueError(
+                f"max_new_tokens=0 leaves nothing to write: prompt {number} has no slot to fill; "
+                "type --tokens 128"
+            )
     limits = [min(len(row) + max_new_tokens, longest) for row in rows]
     slots = -(-max(*limits, size) // _SLOTS) * _SLOTS
     request = _request(rows, limits, size, padded, slots)
@@ -159,17 +179,18 @@ def _run(sampler: Sampler, params, state: State, watched: bool) -> Iterator[Stat
         yield state
 
 
-def _check_options(temperature, top_k, top_p, max_new_tokens, size) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (most probable) or more")
+def _check_options(temperature, top_k, top_p, max_new_tokens) -> None:
+    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
+        raise ValueError(
+            f"temperature={temperature} must be 0 (most probable) or from {_COLDEST:g} to "
+            f"{_HOTTEST:g}; type --temperature 1"
+        )
     if top_k is not None and not 1 <= top_k <= CANDIDATES:
-        raise ValueError(f"top_k={top_k} must be from 1 to {CANDIDATES}")
+        raise ValueError(f"top_k={top_k} must be from 1 to {CANDIDATES}; type --top-k 50")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if size < 1:
-        raise ValueError(f"block_size={size} must be at least 1")
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; type --top-p 0.9")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative; type --tokens 128")
 
 
 def _prompt_ids(config: TrainConfig, number: int, prompt: Prompt, longest: int) -> list[int | None]:

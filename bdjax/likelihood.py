@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from bdjax.data import RowBatch
-from bdjax.noise import ExactCount
+from bdjax.noise import ExactCount, enumerated
 from bdjax.objective import Batch, Objective, build_row, corruptions, places_of, token_losses
 from bdjax.seeds import Purpose, key_for
 from bdjax.sharding import has_mesh, spec
@@ -96,12 +96,16 @@ def evaluate_batch(
     elif pattern is None:
         views = corruptions(objective, batch, places, key)
     else:
-        process = objective.process
-        views = [process.enumerate(pattern, batch.tokens, places, batch.trainable)]
+        # One pattern per row: a scalar cannot be closed over inside `shard_map`.
+        per_row = pattern + batch.segment[:, 0] * 0
+        fields = (batch.tokens, places, batch.trainable)
+        views = [objective.process.apply(enumerated, *fields, per_row)]
     row = build_row(objective, batch, block_size, views)
     diffusion, ar = token_losses(model, params, row)
     zero = batch.trainable.sum(axis=1) * 0.0
-    counted = jnp.where(batch.trainable, token_bytes.at[batch.tokens].get(mode="clip"), 0)
+    size_of = token_bytes.at[batch.tokens]
+    sizes = size_of.get(mode="clip", out_sharding=spec("batch", "length"))
+    counted = jnp.where(batch.trainable, sizes, 0)
     return RowSums(
         zero if diffusion is None else (row.diffusion.weight * diffusion).sum(axis=1),
         zero if ar is None else (row.ar.weight * ar).sum(axis=1),
@@ -134,17 +138,19 @@ def evaluate(
     """The bound in nats per token and bits per byte on all of `batches`.
 
     exact: sums over all mask patterns (block_size <= EXACT_UP_TO), else the mean over `draws` draws
-    per row. Noise is a function of (seed, batch, draw, row). Raises ValueError for an exact bound
-    of larger blocks, fewer than one draw, or no rows.
+    per row. Noise is a function of (seed, batch, draw, row). Raises ValueError for a block size
+    below 1, an exact bound of larger blocks, fewer than one draw, or no rows.
     """
-    size = block_size or objective.block_size.largest
+    size = objective.block_size.largest if block_size is None else block_size
+    if size < 1:
+        raise ValueError(f"block_size={size} must be at least 1; type --block-size 1 or more")
     if exact and size > EXACT_UP_TO:
         raise ValueError(
             f"an exact bound of block size {size} needs {2**size - 1} forwards per batch; "
-            f"type a block size up to {EXACT_UP_TO}, or draws instead of exact"
+            f"type --block-size {EXACT_UP_TO} or less, or --draws 8 in place of --exact"
         )
     if draws < 1:
-        raise ValueError(f"draws={draws} must be at least 1")
+        raise ValueError(f"draws={draws} must be at least 1; type --draws 1")
     objective = scoring(objective)
     root = key_for(jax.random.key(seed), Purpose.EVALUATION)
     bytes_of = jnp.asarray(token_bytes)

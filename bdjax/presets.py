@@ -44,9 +44,16 @@ def default(
 
 
 def ar(*, mask_id: int) -> Recipe:
-    """An autoregressive model: the clean stream alone."""
+    """An autoregressive model: the clean stream alone.
+
+    Sampling reads each token from the clean one before it: a masked slot was never trained.
+    """
     objective = Objective(
-        process=Absorbing(mask_id=mask_id), block_size=BlockSize(first=1), views=0, ar_weight=1.0
+        process=Absorbing(mask_id=mask_id),
+        block_size=BlockSize(first=1),
+        alignment=Alignment.SHIFTED_CLEAN,
+        views=0,
+        ar_weight=1.0,
     )
     return Recipe(objective, CleanMode.TOKEN)
 

@@ -1,9 +1,10 @@
 """The training loop: a thin driver of the step. Nothing of a run is lost when it is interrupted."""
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,15 @@ from jaxtyping import Array, Int, Key
 
 from bdjax import likelihood
 from bdjax import objective as objectives
-from bdjax.checkpoint import Checkpoints
-from bdjax.config import TrainConfig
+from bdjax.checkpoint import Checkpoints, read_config
+from bdjax.config import TrainConfig, check_seed, config_from_json
 from bdjax.data import evaluation_batches, training_batches
+from bdjax.display import clean_text
 from bdjax.generation import LanguageModel, generate
 from bdjax.metrics import Progress, Writer
 from bdjax.objective import Batch, Objective
 from bdjax.optim import Optimiser, OptimiserState, make_optimiser
-from bdjax.overrides import to_json
+from bdjax.overrides import to_json, to_text
 from bdjax.seeds import Purpose, key_for
 from bdjax.step import Model
 
@@ -66,6 +68,8 @@ def train_step(
     params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
     metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
     metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
+    # The log takes floats: counts are exact up to 2^24 and close enough above.
+    metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
     return TrainState(params, inner, state.step + 1), metrics
 
 
@@ -108,9 +112,10 @@ def train(
     """Trains `config` into `directory`: checkpoints, metrics.jsonl and TensorBoard events.
 
     resume: go on from the newest whole checkpoint there, with the same noise and data as if never
-    stopped. Ctrl-C or SIGTERM writes a checkpoint and returns with `interrupted`. Raises
-    FileExistsError when the folder holds a run and `resume` is not asked for, ValueError when it
-    holds another config, CheckpointError for torn or foreign checkpoints.
+    stopped; when there is none, from the start. Ctrl-C or SIGTERM writes a checkpoint and returns
+    with `interrupted`. Raises FileExistsError when the folder holds a run and `resume` is not asked
+    for, ValueError when it holds another config (evaluation and checkpointing may change),
+    CheckpointError for torn or foreign checkpoints.
     """
     directory = Path(directory)
     with jax.set_mesh(config.mesh.build()), Checkpoints(directory, config.keep_checkpoints) as kept:
@@ -120,6 +125,10 @@ def train(
                 f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
                 "or --run with another folder"
             )
+        if saved:
+            _check_same(config, config_from_json(read_config(directory, saved[-1])), directory)
+        elif resume:
+            say(f"{directory} holds no whole checkpoint: starting from step 0")
         train_documents, held_out = config.documents()
         model = config.build_model()
         optimiser = make_optimiser(config.optim, model.table(), config.steps)
@@ -132,7 +141,7 @@ def train(
         )
         state = initial_state(config, model, optimiser)
         begin = 0
-        if resume and saved:
+        if saved:
             abstract = jax.tree.map(_abstract, state)
             begin, state, data_state = kept.restore(abstract)
             data.set_state(data_state)
@@ -185,6 +194,30 @@ def train(
         )
 
 
+def _check_same(config: TrainConfig, saved: TrainConfig, directory: Path) -> None:
+    """Refuses a resume that would not be the run that was saved.
+
+    The learning rate depends on `steps`, so these are part of the run too.
+    """
+    saved = replace(
+        saved,
+        evaluation=config.evaluation,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    if saved == config:
+        return
+    before, now = (
+        dict(line.partition(" = ")[::2] for line in to_text(c).splitlines())
+        for c in (saved, config)
+    )
+    key = next(key for key in before if before[key] != now.get(key))
+    raise ValueError(
+        f"{directory} holds a run with {key}={before[key]}, and this config has {key}={now[key]}; "
+        f"type {key}={before[key]} to go on with it, or --run with another folder"
+    )
+
+
 def _abstract(x) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
@@ -197,15 +230,23 @@ def _due(config: TrainConfig, done: int) -> bool:
 def evaluate_model(
     language_model: LanguageModel, documents, batches: int | None = None, **options
 ) -> likelihood.Evaluation:
-    """`evaluate` on the rows of `documents`, on all of them or the first `batches` batches."""
+    """The bound on the rows of `documents`, on all of them or the first `batches` batches.
+
+    Options as for `bdjax.likelihood.evaluate`: block_size, draws, exact, seed. Raises ValueError
+    for options out of range.
+    """
     config = language_model.config
+    if batches is not None and batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1; type --batches 1 or leave it out")
+    check_seed(options.get("seed", 0))
+    options["block_size"] = config.block_size(options.get("block_size"))
     rows = evaluation_batches(documents, config.tokenizer, config.packing(), config.data.batch_size)
     with jax.set_mesh(config.mesh.build()):
         return likelihood.evaluate(
             config.objective,
             language_model.model,
             language_model.params,
-            (row for _, row in zip(range(batches), rows, strict=False)) if batches else rows,
+            rows if batches is None else itertools.islice(rows, batches),
             config.tokenizer.token_bytes(),
             **options,
         )
@@ -218,4 +259,4 @@ def _sample(language_model: LanguageModel, config: TrainConfig, writer: Writer, 
     )[0]
     text = wanted.prompt + written.text
     writer.write_text(step, "sample", text)
-    return text
+    return clean_text(text)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from bdjax.data import RowBatch
-from bdjax.noise import ExactCount, enumerated
+from bdjax.noise import ExactCount
 from bdjax.objective import Batch, Objective, build_row, corruptions, places_of, token_losses
 from bdjax.seeds import Purpose, key_for
 from bdjax.sharding import has_mesh, spec
@@ -96,10 +96,8 @@ def evaluate_batch(
     elif pattern is None:
         views = corruptions(objective, batch, places, key)
     else:
-        # One pattern per row: a scalar cannot be closed over inside `shard_map`.
-        per_row = pattern + batch.segment[:, 0] * 0
-        fields = (batch.tokens, places, batch.trainable)
-        views = [objective.process.apply(enumerated, *fields, per_row)]
+        process = objective.process
+        views = [process.enumerate(pattern, batch.tokens, places, batch.trainable)]
     row = build_row(objective, batch, block_size, views)
     diffusion, ar = token_losses(model, params, row)
     zero = batch.trainable.sum(axis=1) * 0.0

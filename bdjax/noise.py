@@ -285,11 +285,9 @@ class Absorbing:
         trainable: Bool[Array, "B M"],
     ) -> Corruption:
         """The noisy view of one mask pattern (`enumerated`), the same in every block."""
-
-        def masks(places, trainable):
-            return enumerated(pattern, places, trainable)
-
-        return self.apply(masks, tokens, places, trainable)
+        # One pattern per row: a scalar cannot be closed over inside `shard_map`.
+        per_row = pattern + places.segment[:, 0] * 0
+        return self.apply(enumerated, tokens, places, trainable, per_row)
 
     def apply(
         self, masks: Callable, tokens, places: Places, trainable, *per_row: Array

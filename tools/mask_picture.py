@@ -1,6 +1,6 @@
 """Draws the README's picture of the mask from the predicate itself.
 
-    python tools/mask_picture.py docs/mask.png
+python tools/mask_picture.py docs/mask.png
 """
 
 import argparse

@@ -17,6 +17,9 @@ INTERVALS = Intervals(*[("batch", "length")] * 4)
 # Up to here one masked softmax beats the tile loop on CPU and holds a few MB per row and head.
 _DENSE_PAIRS = 1024 * 1024
 
+# Dense attention copies the layer of the cache that it reads: only short caches may be read so.
+_DENSE_SLOTS = 512
+
 
 class Prefix(NamedTuple):
     """One layer of a stacked cache and which of its slots each query sees."""
@@ -55,7 +58,10 @@ def attend(
             HEADS,
         )
         return alone(q, k, v, own)
-    prefix_kernel = choose(impl, q.shape[1], prefix.k.shape[2])
+    slots = prefix.k.shape[2]
+    prefix_kernel = choose(impl, q.shape[1], slots)
+    if impl is None and slots > _DENSE_SLOTS:
+        prefix_kernel = Blockwise()
 
     def both(q, k, v, own, prefix):
         mine = kernel.attention(q, k, v, own)

@@ -77,7 +77,7 @@ def best(score: Float[Array, "N W"], masked: Bool[Array, "N W"], count) -> Bool[
 def quota(view: View, steps) -> Int[Array, "N 1"]:
     """Slots of a static schedule at a step: B // T, one more in the first B mod T steps, >= 1."""
     size, step = view.size[:, None], view.step[:, None]
-    steps = jnp.asarray(steps, jnp.int32)
+    steps = jnp.maximum(jnp.asarray(steps, jnp.int32), 1)
     return jnp.maximum(size // steps + (step < size % steps), 1)
 
 

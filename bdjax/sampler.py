@@ -159,15 +159,17 @@ def start(
         places = Places(at * 0, segment, at // request.size[:, None], at, at)
         hidden, new = block_step(sampler.model, params, events[:, :prefill], places)
         cache = caches.write(cache, new, places, real)
-        carry = _at(hidden, jnp.maximum(head - 1, 0)[:, None])[:, 0]
+        last = _at(hidden, jnp.maximum(head - 1, 0)[:, None])[:, 0]
+        # A row without a whole block has no last clean token, however long its neighbours' are.
+        carry = jnp.where(head[:, None] > 0, last, carry)
     zero = request.prompt * 0
     nothing = index * 0.0
     return State(
         events=events,
         filled=request.given,
         prompt=request.prompt,
-        limit=request.limit,
-        size=request.size,
+        limit=jnp.minimum(request.limit, slots),
+        size=jnp.minimum(request.size, sampler.canvas),
         block=block,
         step=zero,
         pending=zero > 0,

@@ -2,11 +2,8 @@
 
 from bdjax.checkpoint import CheckpointError
 from bdjax.config import (
-    DataConfig,
     EvaluationConfig,
     MeshConfig,
-    StandardLibrary,
-    TextFiles,
     TrainConfig,
 )
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
@@ -25,6 +22,7 @@ from bdjax.policies import (
     Static,
     Threshold,
 )
+from bdjax.sources import DataConfig, StandardLibrary, TextFiles
 from bdjax.trainer import TrainResult, train
 from bdjax.trainer import evaluate_model as evaluate
 

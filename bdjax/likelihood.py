@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from bdjax.data import RowBatch
+from bdjax.loss import token_losses
 from bdjax.noise import ExactCount
-from bdjax.objective import Batch, Objective, build_row, corruptions, places_of, token_losses
+from bdjax.objective import Batch, Objective, build_row, corruptions, places_of
 from bdjax.seeds import Purpose, key_for
 from bdjax.sharding import has_mesh, spec
 from bdjax.step import Model

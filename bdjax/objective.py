@@ -1,4 +1,4 @@
-"""The training objective: rows out of batches, losses out of rows, as (numerator, denominator).
+"""The training objective: rows out of batches. `bdjax.loss` scores them.
 
 One objective covers the published recipes; `bdjax.presets` lists what each changes.
 """
@@ -15,7 +15,6 @@ from bdjax.layout import Places, clean_places, join, join_places, noisy_places
 from bdjax.noise import Corruption
 from bdjax.seeds import row_keys
 from bdjax.sharding import reshard
-from bdjax.step import Model, block_step
 from pallas_kernels import CleanMode
 
 
@@ -143,14 +142,18 @@ class Scored(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one training forward needs; `diffusion` and `ar` index the joined row's outputs."""
+    """What one training forward needs; `diffusion` and `ar` index the joined row's outputs.
+
+    The counts are what the two weighted sums are divided by, over the whole batch: a part of the
+    batch keeps them.
+    """
 
     tokens: Array
     places: Places
     diffusion: Scored | None
     ar: Scored | None
-    trainable: Float[Array, ""]
-    real: Float[Array, ""]
+    diffusion_count: Float[Array, ""]
+    ar_count: Float[Array, ""]
 
 
 def places_of(objective: Objective, batch: Batch, block_size) -> Places:
@@ -220,69 +223,18 @@ def corruptions(
 def build_row(objective: Objective, batch: Batch, block_size, views: list[Corruption]) -> Row:
     """The joined row [clean; view 1; view 2; ...] and the entries scored on it."""
     clean = places_of(objective, batch, block_size)
-    real = (batch.segment != 0).sum().astype(jnp.float32)
-    trainable = batch.trainable.sum().astype(jnp.float32)
+    counted = batch.segment != 0 if objective.normaliser is Normaliser.REAL else batch.trainable
+    count = counted.sum().astype(jnp.float32)
     ar = next_token(batch, clean) if objective.ar_weight > 0 else None
+    ar_count = jnp.zeros(()) if ar is None else ar.weight.sum()
     if not views:
-        return Row(batch.tokens, clean, None, ar, trainable, real)
+        return Row(batch.tokens, clean, None, ar, count, ar_count)
     noisy = noisy_places(clean, len(views))
     events, labels, scored, weight = (jnp.concatenate(x, axis=1) for x in zip(*views, strict=True))
     offset = clean.stream.shape[1] if objective.clean_stream else 0
     rows, exists = output_rows(objective.alignment, clean, noisy, offset)
     diffusion = Scored(rows, labels, scored & exists, weight / len(views))
     if not objective.clean_stream:
-        return Row(events, noisy, diffusion, ar, trainable, real)
+        return Row(events, noisy, diffusion, ar, count, ar_count)
     tokens, places = join(batch.tokens, events), join_places(clean, noisy)
-    return Row(tokens, places, diffusion, ar, trainable, real)
-
-
-class Pair(NamedTuple):
-    """A loss as numerator and denominator; divide only after summing over everything."""
-
-    numerator: Float[Array, ""]
-    denominator: Float[Array, ""]
-
-    @property
-    def mean(self) -> Float[Array, ""]:
-        """Numerator / denominator, 0 when nothing was counted."""
-        return self.numerator / jnp.maximum(self.denominator, 1.0)
-
-
-def token_losses(
-    model: Model, params, row: Row
-) -> tuple[Float[Array, "B R"] | None, Float[Array, "B A"] | None]:
-    """Unweighted NLLs of the row's diffusion and AR entries: one forward, one readout call."""
-    hidden, _ = block_step(model, params, row.tokens, row.places)
-    parts = [part for part in (row.diffusion, row.ar) if part is not None]
-    joined = Scored(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
-    nll = model.readout.nll(params, hidden, joined.rows, joined.labels, joined.scored)
-    if row.diffusion is None:
-        return None, nll
-    cut = row.diffusion.rows.shape[1]
-    return nll[:, :cut], nll[:, cut:] if row.ar is not None else None
-
-
-def losses(
-    objective: Objective, model: Model, params, batch: Batch, block_size, key: Key[Array, ""]
-) -> dict[str, Pair]:
-    """The parts on one batch, if trained: "diffusion" (nats of bound) and "ar" (nats)."""
-    places = places_of(objective, batch, block_size)
-    row = build_row(objective, batch, block_size, corruptions(objective, batch, places, key))
-    diffusion, ar = token_losses(model, params, row)
-    count = row.real if objective.normaliser is Normaliser.REAL else row.trainable
-    parts = {}
-    if diffusion is not None:
-        parts["diffusion"] = Pair((row.diffusion.weight * diffusion).sum(), count)
-    if ar is not None:
-        parts["ar"] = Pair((row.ar.weight * ar).sum(), row.ar.weight.sum())
-    return parts
-
-
-def total(objective: Objective, parts: dict[str, Pair]) -> Float[Array, ""]:
-    """What is minimised: the diffusion mean plus ar_weight times the AR mean, nats per token."""
-    loss = jnp.zeros(())
-    if "diffusion" in parts:
-        loss += parts["diffusion"].mean
-    if "ar" in parts:
-        loss += objective.ar_weight * parts["ar"].mean
-    return loss
+    return Row(tokens, places, diffusion, ar, count, ar_count)

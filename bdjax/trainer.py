@@ -7,33 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
 
 from bdjax import likelihood
-from bdjax import objective as objectives
 from bdjax.checkpoint import Checkpoints, read_config
 from bdjax.config import TrainConfig, check_seed, config_from_json
 from bdjax.data import evaluation_batches, training_batches
 from bdjax.display import clean_text
 from bdjax.generation import LanguageModel, generate
 from bdjax.metrics import Progress, Writer
-from bdjax.objective import Batch, Objective
-from bdjax.optim import Optimiser, OptimiserState, make_optimiser
+from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
-from bdjax.seeds import Purpose, key_for
-from bdjax.step import Model
-
-
-class TrainState(NamedTuple):
-    """All arrays of a run. `step`: updates tried so far."""
-
-    params: Any
-    optimiser: OptimiserState
-    step: Int[Array, ""]
+from bdjax.train_step import initial_state, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +32,6 @@ class TrainResult:
     steps: int
     interrupted: bool
     model: LanguageModel
-
-
-@partial(jax.jit, static_argnames=("objective", "model", "optimiser"), donate_argnames="state")
-def train_step(
-    objective: Objective,
-    model: Model,
-    optimiser: Optimiser,
-    state: TrainState,
-    batch: Batch,
-    root: Key[Array, ""],
-) -> tuple[TrainState, dict[str, Array]]:
-    """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step)."""
-    size = objective.block_size.at(state.step)
-    key = key_for(root, Purpose.CORRUPTION, state.step)
-
-    def loss_of(params):
-        parts = objectives.losses(objective, model, params, batch, size, key)
-        return objectives.total(objective, parts), parts
-
-    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
-    metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
-    metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
-    # The log takes floats: counts are exact up to 2^24 and close enough above.
-    metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
-    return TrainState(params, inner, state.step + 1), metrics
-
-
-def initial_state(config: TrainConfig, model: Model, optimiser: Optimiser) -> TrainState:
-    """Fresh parameters and optimiser state on the mesh in force."""
-    params = model.init(key_for(jax.random.key(config.seed), Purpose.INIT))
-    return TrainState(params, jax.jit(optimiser.init)(params), jnp.zeros((), jnp.int32))
 
 
 class _Interrupt:
@@ -139,7 +94,7 @@ def train(
             config.data.batch_size,
             config.seed,
         )
-        state = initial_state(config, model, optimiser)
+        state = initial_state(config.seed, model, optimiser)
         begin = 0
         if saved:
             abstract = jax.tree.map(_abstract, state)

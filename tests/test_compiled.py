@@ -12,7 +12,7 @@ from bdjax.objective import Batch
 from bdjax.optim import OptimConfig, make_optimiser
 from bdjax.readout import TokenReadout
 from bdjax.step import Model
-from bdjax.trainer import TrainState, train_step
+from bdjax.train_step import TrainState, train_step
 from pallas_kernels import Blockwise, Dense
 
 ROWS, LENGTH, VOCABULARY = 2, 1024, 6007

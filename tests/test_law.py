@@ -43,6 +43,7 @@ from bdjax.layout import (
     noisy_places,
     window_places,
 )
+from bdjax.loss import losses, token_losses, total
 from bdjax.noise import Absorbing, Corruption
 from bdjax.objective import (
     Alignment,
@@ -51,11 +52,8 @@ from bdjax.objective import (
     Objective,
     build_row,
     corruptions,
-    losses,
     output_rows,
     places_of,
-    token_losses,
-    total,
 )
 from bdjax.parameters import Parameter, Role
 from bdjax.policies import Update

@@ -13,6 +13,7 @@ from tiny import MASK, VOCAB
 
 from bdjax import sharding
 from bdjax.layout import Places, clean_places, join_places, noisy_places
+from bdjax.loss import Pair, losses, token_losses, total
 from bdjax.noise import Absorbing, Corruption, Draw, Masks
 from bdjax.objective import (
     Alignment,
@@ -20,15 +21,11 @@ from bdjax.objective import (
     BlockSize,
     Normaliser,
     Objective,
-    Pair,
     build_row,
     corruptions,
-    losses,
     next_token,
     output_rows,
     places_of,
-    token_losses,
-    total,
 )
 from bdjax.step import block_step
 from pallas_kernels import CleanMode, Meta, dense_mask

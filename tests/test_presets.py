@@ -18,7 +18,7 @@ from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json
 from bdjax.step import block_step
 from bdjax.tokenizer import ByteTokenizer
-from bdjax.trainer import initial_state, train_step
+from bdjax.train_step import initial_state, train_step
 from pallas_kernels import CleanMode
 
 MASK = ByteTokenizer.mask_id
@@ -74,7 +74,7 @@ def test_a_recipe_trains_in_one_program_whatever_its_numbers_do(folder, name):
     with jax.set_mesh(config.mesh.build()):
         model = config.build_model()
         optimiser = make_optimiser(config.optim, model.table(), config.steps)
-        state = initial_state(config, model, optimiser)
+        state = initial_state(config.seed, model, optimiser)
         for prompt in (0, 0, 9, ROW - 1):
             batch = to_device(next(batches))
             # A prompt is untrainable text; a row that is nothing else must not divide by zero.

@@ -30,7 +30,7 @@ from bdjax import (
 from bdjax.checkpoint import Checkpoints
 from bdjax.optim import make_optimiser
 from bdjax.tokenizer import ByteTokenizer
-from bdjax.trainer import initial_state
+from bdjax.train_step import initial_state
 
 STEPS, HALF, CAUGHT = 8, 4, 3
 BLOCK, ROW, BATCH = 4, 32, 4
@@ -102,7 +102,7 @@ def end_state(config, directory):
     with jax.set_mesh(config.mesh.build()), Checkpoints(directory) as kept:
         model = config.build_model()
         optimiser = make_optimiser(config.optim, model.table(), config.steps)
-        step, state, data = kept.restore(initial_state(config, model, optimiser))
+        step, state, data = kept.restore(initial_state(config.seed, model, optimiser))
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return step, data, {jax.tree_util.keystr(k): np.asarray(v).tobytes() for k, v in leaves}
 

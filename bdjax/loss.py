@@ -1,0 +1,73 @@
+"""Losses out of rows, as (numerator, denominator): divide only after summing over everything."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from bdjax.objective import (
+    Batch,
+    Objective,
+    Row,
+    Scored,
+    build_row,
+    corruptions,
+    places_of,
+)
+from bdjax.step import Model, block_step
+
+
+class Pair(NamedTuple):
+    """A loss as numerator and denominator; divide only after summing over everything."""
+
+    numerator: Float[Array, ""]
+    denominator: Float[Array, ""]
+
+    @property
+    def mean(self) -> Float[Array, ""]:
+        """Numerator / denominator, 0 when nothing was counted."""
+        return self.numerator / jnp.maximum(self.denominator, 1.0)
+
+
+def token_losses(
+    model: Model, params, row: Row
+) -> tuple[Float[Array, "B R"] | None, Float[Array, "B A"] | None]:
+    """Unweighted NLLs of the row's diffusion and AR entries: one forward, one readout call."""
+    hidden, _ = block_step(model, params, row.tokens, row.places)
+    parts = [part for part in (row.diffusion, row.ar) if part is not None]
+    joined = Scored(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+    nll = model.readout.nll(params, hidden, joined.rows, joined.labels, joined.scored)
+    if row.diffusion is None:
+        return None, nll
+    cut = row.diffusion.rows.shape[1]
+    return nll[:, :cut], nll[:, cut:] if row.ar is not None else None
+
+
+def row_losses(model: Model, params, row: Row) -> dict[str, Pair]:
+    """The parts on one row, if trained: "diffusion" (nats of bound) and "ar" (nats)."""
+    diffusion, ar = token_losses(model, params, row)
+    parts = {}
+    if diffusion is not None:
+        parts["diffusion"] = Pair((row.diffusion.weight * diffusion).sum(), row.diffusion_count)
+    if ar is not None:
+        parts["ar"] = Pair((row.ar.weight * ar).sum(), row.ar_count)
+    return parts
+
+
+def losses(
+    objective: Objective, model: Model, params, batch: Batch, block_size, key: Key[Array, ""]
+) -> dict[str, Pair]:
+    """The parts on one batch under fresh noise."""
+    places = places_of(objective, batch, block_size)
+    row = build_row(objective, batch, block_size, corruptions(objective, batch, places, key))
+    return row_losses(model, params, row)
+
+
+def total(objective: Objective, parts: dict[str, Pair]) -> Float[Array, ""]:
+    """What is minimised: the diffusion mean plus ar_weight times the AR mean, nats per token."""
+    loss = jnp.zeros(())
+    if "diffusion" in parts:
+        loss += parts["diffusion"].mean
+    if "ar" in parts:
+        loss += objective.ar_weight * parts["ar"].mean
+    return loss

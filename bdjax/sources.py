@@ -1,0 +1,68 @@
+"""Where a run's documents come from, and how they share rows: the config of the data."""
+
+from dataclasses import dataclass
+
+from bdjax import corpus
+from bdjax.corpus import Document
+from bdjax.data import Tail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Base of the corpora."""
+
+    def documents(self) -> list[Document]:
+        """All documents, before the split."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardLibrary(Source):
+    """The running Python's own standard library: the corpus that needs no download."""
+
+    def documents(self) -> list[Document]:
+        """Its Python files, without tests and encodings, each content once."""
+        return corpus.standard_library()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(Source):
+    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt"."""
+
+    paths: tuple[str, ...]
+
+    def documents(self) -> list[Document]:
+        """The files' contents; errors name the file."""
+        return corpus.read_text_files(self.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from.
+
+    aligned: documents start on multiples of the run's largest block. tail: what stands between a
+    document's end and its block's. held_out_fraction: share of the documents kept for evaluation.
+    """
+
+    source: Source = StandardLibrary()
+    row_length: int = 256
+    batch_size: int = 8
+    aligned: bool = True
+    tail: Tail = Tail.FILL
+    held_out_fraction: float = 0.05
+
+    def __post_init__(self):
+        if self.row_length < 2:
+            raise ValueError(
+                f"data.row_length={self.row_length} has no room for BOS and a token; type "
+                "data.row_length=256"
+            )
+        if self.batch_size < 1:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} must be at least 1; type data.batch_size=8"
+            )
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(
+                f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1; type "
+                "data.held_out_fraction=0.05"
+            )

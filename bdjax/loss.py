@@ -30,10 +30,10 @@ class Pair(NamedTuple):
 
 
 def token_losses(
-    model: Model, params, row: Row
+    model: Model, params, row: Row, dropout: Key[Array, "B"] | None = None
 ) -> tuple[Float[Array, "B R"] | None, Float[Array, "B A"] | None]:
     """Unweighted NLLs of the row's diffusion and AR entries: one forward, one readout call."""
-    hidden, _ = block_step(model, params, row.tokens, row.places)
+    hidden, _ = block_step(model, params, row.tokens, row.places, dropout=dropout)
     parts = [part for part in (row.diffusion, row.ar) if part is not None]
     joined = Scored(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
     nll = model.readout.nll(params, hidden, joined.rows, joined.labels, joined.scored)
@@ -43,9 +43,11 @@ def token_losses(
     return nll[:, :cut], nll[:, cut:] if row.ar is not None else None
 
 
-def row_losses(model: Model, params, row: Row) -> dict[str, Pair]:
+def row_losses(
+    model: Model, params, row: Row, dropout: Key[Array, "B"] | None = None
+) -> dict[str, Pair]:
     """The parts on one row, if trained: "diffusion" (nats of bound) and "ar" (nats)."""
-    diffusion, ar = token_losses(model, params, row)
+    diffusion, ar = token_losses(model, params, row, dropout)
     parts = {}
     if diffusion is not None:
         parts["diffusion"] = Pair((row.diffusion.weight * diffusion).sum(), row.diffusion_count)
@@ -55,12 +57,18 @@ def row_losses(model: Model, params, row: Row) -> dict[str, Pair]:
 
 
 def losses(
-    objective: Objective, model: Model, params, batch: Batch, block_size, key: Key[Array, ""]
+    objective: Objective,
+    model: Model,
+    params,
+    batch: Batch,
+    block_size,
+    key: Key[Array, ""],
+    dropout: Key[Array, "B"] | None = None,
 ) -> dict[str, Pair]:
-    """The parts on one batch under fresh noise."""
+    """The parts on one batch under fresh noise; `dropout`: one key per row, None for none."""
     places = places_of(objective, batch, block_size)
     row = build_row(objective, batch, block_size, corruptions(objective, batch, places, key))
-    return row_losses(model, params, row)
+    return row_losses(model, params, row, dropout)
 
 
 def total(objective: Objective, parts: dict[str, Pair]) -> Float[Array, ""]:

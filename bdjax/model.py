@@ -10,7 +10,7 @@ from enum import Enum
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from bdjax.attention import Implementation, Prefix, attend
 from bdjax.cache import Cache, KeyValues
@@ -42,7 +42,9 @@ class DecoderConfig:
     """Shape and variant of the decoder. `head_dim` does not depend on `width`.
 
     Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. `tied_head` reads logits out
-    with the embedding's matrix. `attention` None chooses an implementation by shape.
+    with the embedding's matrix. `attention` None chooses an implementation by shape. `dropout`
+    zeroes that share of the embedding's, the attention's and the MLP's outputs in training (never
+    of the attention's probabilities, which no kernel holds); it is rounded to 1/256.
     """
 
     num_layers: int
@@ -59,6 +61,7 @@ class DecoderConfig:
     qk_norm: bool = False
     tied_head: bool = False
     dtype: str = "bfloat16"
+    dropout: float = 0.0
     remat: Remat = Remat.FULL
     attention: Implementation | None = None
 
@@ -74,6 +77,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be from 0 to below 1; type dropout=0.1")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; type 'bfloat16' or 'float32'")
 
@@ -182,6 +187,24 @@ def rope(x: Float[Array, "B T N H"], angles: Float[Array, "B T 1 half"]) -> Floa
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def dropped(
+    x: Float[Array, "B T D"], keys: Key[Array, "B"] | None, rate: float, site: int | Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """x with a share `rate` zeroed and the rest scaled up (Srivastava et al. 2014); x if no keys.
+
+    One key per row: what is zeroed depends on neither the mesh nor a split of the batch.
+    """
+    kept = round(256 * (1 - rate))
+    if keys is None or kept == 256:
+        return x
+
+    def bits(key):
+        # Bytes take a quarter of the random words that floats would.
+        return jax.random.bits(jax.random.fold_in(key, site), x.shape[1:], jnp.uint8)
+
+    return jnp.where(jax.vmap(bits)(keys) < kept, x * (256 / kept), 0).astype(x.dtype)
+
+
 class Layer(nn.Module):
     """One decoder layer. Returns the stream and this window's keys and values."""
 
@@ -197,7 +220,7 @@ class Layer(nn.Module):
         return reshard(master.astype(self.config.dtype), *axes)
 
     @nn.compact
-    def __call__(self, x, layer, angles, own: Intervals, cache):
+    def __call__(self, x, layer, angles, own: Intervals, cache, keys):
         c = self.config
 
         def project(h, name, heads, bias):
@@ -219,15 +242,16 @@ class Layer(nn.Module):
             prefix = Prefix(cache_k, cache_v, layer, seen)
         mixed = attend(q, k, v, own, prefix, c.attention)
         embed = spec("batch", "length", "embed")
-        x = x + jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
+        out = jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
+        x = x + dropped(out, keys, c.dropout, 1 + 2 * layer)
 
         h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
         mlp = spec("batch", "length", "mlp")
         gate = jnp.einsum("btd,df->btf", h, self.weight("w_gate"), out_sharding=mlp)
         up = jnp.einsum("btd,df->btf", h, self.weight("w_up"), out_sharding=mlp)
         down = jax.nn.silu(gate) * up
-        x = x + jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
-        return x, KeyValues(k, v)
+        out = jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
+        return x + dropped(out, keys, c.dropout, 2 + 2 * layer), KeyValues(k, v)
 
 
 class Decoder(nn.Module):
@@ -243,10 +267,12 @@ class Decoder(nn.Module):
         own: Intervals,
         cache: Cache | None = None,
         seen: Intervals | None = None,
+        keys: Key[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """Final-norm hidden states and the window's keys and values, (layers, B, T, K, H).
 
-        `own`: intervals over the window's keys; `seen`: over the cache's slots.
+        `own`: intervals over the window's keys; `seen`: over the cache's slots. `keys`: of the
+        rows' dropout, None for none of it.
         """
         c = self.config
         layer = Layer
@@ -258,12 +284,13 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )
         read = None if cache is None else ((cache.k, cache.v), seen)
         angles = rope_angles(c, position)
-        x, new = stack(c, name="layers")(x, jnp.arange(c.num_layers), angles, own, read)
+        x = dropped(x, keys, c.dropout, 0)
+        x, new = stack(c, name="layers")(x, jnp.arange(c.num_layers), angles, own, read, keys)
         final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
         return rms_norm(x, final, c.norm_eps), new
 

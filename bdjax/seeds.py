@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     STRATA = 2
     SAMPLING = 3
     EVALUATION = 4
+    DROPOUT = 5
 
 
 def key_for(

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from bdjax.cache import Cache, KeyValues
 from bdjax.layout import Places
@@ -51,12 +51,14 @@ def block_step(
     tokens: Array,
     places: Places,
     cache: Cache | None = None,
+    dropout: Key[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KeyValues]:
     """One forward pass of the denoiser: final-norm hidden states and the window's keys and values.
 
     Training: tokens = [clean; noisy views]. Prefill: clean tokens only. Denoising: a canvas, with
     the committed prefix in `cache`. Fused commit: a finished block (clean) and the next canvas.
-    The mask follows from `places` and the cache's slots alone. The cache is only read.
+    The mask follows from `places` and the cache's slots alone. The cache is only read. `dropout`:
+    one key per row, in training alone.
     """
 
     def mask(keys):
@@ -73,4 +75,5 @@ def block_step(
         mask(places.meta),
         cache,
         None if cache is None else mask(cache.meta),
+        dropout,
     )

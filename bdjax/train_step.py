@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, Key
 from bdjax.loss import losses, total
 from bdjax.objective import Batch, Objective
 from bdjax.optim import Optimiser, OptimiserState
-from bdjax.seeds import Purpose, key_for
+from bdjax.seeds import Purpose, key_for, row_keys
 from bdjax.step import Model
 
 
@@ -34,9 +34,13 @@ def train_step(
     """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step)."""
     size = objective.block_size.at(state.step)
     key = key_for(root, Purpose.CORRUPTION, state.step)
+    dropout = None
+    if model.decoder.dropout > 0:
+        own = key_for(root, Purpose.DROPOUT, state.step)
+        dropout = row_keys(own, batch.segment.shape[0])
 
     def loss_of(params):
-        parts = losses(objective, model, params, batch, size, key)
+        parts = losses(objective, model, params, batch, size, key, dropout)
         return total(objective, parts), parts
 
     (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)

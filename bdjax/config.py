@@ -7,7 +7,8 @@ import jax
 from bdjax import corpus, noise, objective
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig
-from bdjax.model import DecoderConfig, Llama3Scaling, TokenEmbedding
+from bdjax.embedding import TokenEmbedding
+from bdjax.model import DecoderConfig, Llama3Scaling
 from bdjax.objective import Objective
 from bdjax.optim import OptimConfig
 from bdjax.overrides import from_json

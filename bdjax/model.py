@@ -293,24 +293,3 @@ class Decoder(nn.Module):
         x, new = stack(c, name="layers")(x, jnp.arange(c.num_layers), angles, own, read, keys)
         final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
         return rms_norm(x, final, c.norm_eps), new
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenEmbedding:
-    """Token ids to vectors by a table. Another kind of event brings another object like this."""
-
-    vocab_size: int
-    width: int
-    dtype: str = "bfloat16"
-
-    def table(self) -> Table:
-        """The embedding matrix, (V, D); unit-variance rows after the first norm either way."""
-        init = jax.nn.initializers.normal(0.02)
-        shape, axes = (self.vocab_size, self.width), ("vocab", "embed_in")
-        return {"embed": Parameter(shape=shape, axes=axes, init=init, role=Role.EMBEDDING)}
-
-    def __call__(self, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the table in the compute dtype."""
-        embed = reshard(params["embed"].astype(self.dtype), "vocab", "embed")
-        sharded = spec("batch", "length", "embed")
-        return embed.at[tokens].get(out_sharding=sharded, mode="clip")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.model import DecoderConfig, Remat, TokenEmbedding
+from bdjax.embedding import TokenEmbedding
+from bdjax.model import DecoderConfig, Remat
 from bdjax.noise import Absorbing
 from bdjax.objective import Alignment
 from bdjax.policies import (

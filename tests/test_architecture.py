@@ -19,7 +19,7 @@ LAYERS = (
     ("checkpoint", "corpus", "display", "metrics", "ngram", "overrides", "plots")
     + ("sharding", "stats", "tokenizer"),
     ("attention", "data", "layout", "parameters", "policies", "seeds"),
-    ("cache", "noise", "optim", "readout", "sources"),
+    ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),
     ("step",),
     ("loss",),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from bdjax import presets
-from bdjax.model import DecoderConfig, TokenEmbedding
+from bdjax.embedding import TokenEmbedding
+from bdjax.model import DecoderConfig
 from bdjax.objective import Batch
 from bdjax.optim import OptimConfig, make_optimiser
 from bdjax.readout import TokenReadout

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.embedding import TokenEmbedding
 from bdjax.layout import clean_places
-from bdjax.model import DecoderConfig, Llama3Scaling, Remat, TokenEmbedding, rope_angles
+from bdjax.model import DecoderConfig, Llama3Scaling, Remat, rope_angles
 from bdjax.parameters import Role, count, map_table
 from bdjax.readout import TokenReadout
 from bdjax.sharding import make_mesh

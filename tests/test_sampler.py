@@ -37,8 +37,9 @@ from sampling import (
     zoo,
 )
 
+from bdjax.embedding import TokenEmbedding
 from bdjax.layout import Places
-from bdjax.model import DecoderConfig, Remat, TokenEmbedding
+from bdjax.model import DecoderConfig, Remat
 from bdjax.noise import Absorbing
 from bdjax.objective import Alignment
 from bdjax.policies import Threshold

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.embedding import TokenEmbedding
 from bdjax.layout import Places
-from bdjax.model import DecoderConfig, Remat, TokenEmbedding
+from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Batch
 from bdjax.readout import TokenReadout
 from bdjax.step import Model

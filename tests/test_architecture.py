@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # needs a place here.
 LAYERS = (
     # Leaves: nothing of bdjax.
-    ("checkpoint", "corpus", "display", "metrics", "ngram", "overrides", "plots")
+    ("checkpoint", "chips", "corpus", "display", "metrics", "ngram", "overrides", "plots")
     + ("sharding", "stats", "tokenizer"),
     ("attention", "data", "layout", "parameters", "policies", "seeds"),
     ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),
     ("step",),
-    ("loss",),
+    ("flops", "loss"),
     ("config", "likelihood", "presets", "sampler", "train_step"),
     ("generation",),
     ("trainer",),

@@ -69,7 +69,7 @@ def intervals(q: Meta, k: Meta, clean: CleanMode) -> Intervals:
         none = q.stream * 0
         return Intervals(none, none, none, none)
     # A padded key takes the group of the keys before it and ranks after all of them.
-    group = jnp.maximum.accumulate(k.stream * _SEGMENTS + k.segment, axis=1)
+    group = lax.cummax(k.stream * _SEGMENTS + k.segment, axis=1)
     block = jnp.where(k.segment == 0, _LAST, k.block)
     noisy_group = q.stream * _SEGMENTS + q.segment
     first = q.block * 0 - _LAST

@@ -5,9 +5,9 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from bdjax.sharding import per_shard
-from pallas_kernels import Blockwise, Dense, Intervals, merge
+from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, merge
 
-Implementation = Dense | Blockwise
+Implementation = Dense | Blockwise | Cudnn
 
 HEADS = ("batch", "length", "heads", "head_dim")
 KV_HEADS = ("batch", "length", "kv_heads", "head_dim")

@@ -17,7 +17,7 @@ from bdjax.sharding import make_mesh
 from bdjax.sources import DataConfig, StandardLibrary, TextFiles
 from bdjax.step import Model
 from bdjax.tokenizer import ByteTokenizer
-from pallas_kernels import Blockwise, Dense
+from pallas_kernels import Blockwise, Cudnn, Dense
 
 # Padding the vocabulary to a multiple of this keeps the head divisible over a tensor axis.
 _VOCAB_MULTIPLE = 8
@@ -200,6 +200,7 @@ _CLASSES = (
     Llama3Scaling,
     Dense,
     Blockwise,
+    Cudnn,
     Objective,
     objective.BlockSize,
     noise.Absorbing,

@@ -1,13 +1,14 @@
 """Block-sparse attention for the two-stream mask of block diffusion; imports jax and numpy only.
 
 `mask` defines who sees whom, `intervals` turns that into at most two key intervals per query, and
-every implementation (`dense`, `blockwise`) has the same two functions:
+every implementation (`dense`, `blockwise`, `cudnn`) has the same two functions:
 
     attention(q, k, v, intervals)                       -> out, lse     # differentiable in both
     prefix_attention(q, cache_k, cache_v, layer, ...)   -> out, lse     # forward only
 """
 
 from pallas_kernels.blockwise import Blockwise
+from pallas_kernels.cudnn import Cudnn
 from pallas_kernels.dense import Dense
 from pallas_kernels.intervals import Intervals, intervals
 from pallas_kernels.mask import CleanMode, Meta, dense_mask, visible
@@ -16,6 +17,7 @@ from pallas_kernels.merge import merge
 __all__ = [
     "Blockwise",
     "CleanMode",
+    "Cudnn",
     "Dense",
     "Intervals",
     "Meta",

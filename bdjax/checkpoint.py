@@ -1,122 +1,278 @@
-"""Checkpoints: every Orbax call, and what a torn or foreign folder is told apart by.
+"""Checkpoints: every Orbax call, saving beside the run, and restoring what is whole.
 
-    RUN/checkpoints/<step>/arrays/         the state, by Orbax: `params`, and the `rest`
+    RUN/checkpoints/<step>/arrays/         the state, by Orbax: `params`, `ema`, and the `rest`
                            config.json     the resolved config (`overrides.to_json`)
                            data/<process>  the data iterator's state, JSON
-                           bdjax.json      format, leaves and the size of every file above
+                           bdjax.json      format, leaves, size and CRC-32 of every file above
 
-`bdjax.json` is written last, so a folder without it is a save that never finished. Nothing in a
-checkpoint is executed.
+`bdjax.json` is written last (`manifest.py`), so a folder without it is a save that never finished.
+Nothing in a checkpoint is executed.
 """
 
 import json
-import shutil
+import logging
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-FORMAT = "bdjax checkpoint"
-FORMAT_VERSION = 1
+from bdjax import manifest
+from bdjax.distributed import gather
+from bdjax.manifest import CheckpointError, Condition, TornCheckpointError, condition
+
+# What Orbax and the system call a disk, a quota or a file limit that is used up.
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-class CheckpointError(Exception):
-    """A folder that cannot be read as a checkpoint; the text says why and what to type."""
-
-
-class TornCheckpointError(CheckpointError):
-    """An unfinished or damaged checkpoint: the one before it may still be whole."""
+class NoSpaceError(CheckpointError):
+    """A save that failed because the disk is full: the older checkpoints are as they were."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory/checkpoints`; the newest `keep` whole ones stay.
+    """The checkpoints of one run, in `directory/checkpoints`.
 
-    Use as a context manager: whatever a save still has to do is done when it closes. Raises
-    ValueError for keep below 1.
+    The newest `keep` whole ones stay, and every one whose step is a multiple of `keep_every`
+    (0: none beyond them). Saves go on beside the caller, one at a time. Use as a context manager:
+    leaving it waits for the save in flight. Every process of a run does the same calls.
+    Raises ValueError for keep below 1.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
         if keep < 1:
             raise ValueError(f"keep={keep} would delete every checkpoint; type keep=1 or more")
         self._run = Path(directory).absolute()
         self._keep = keep
+        self._keep_every = keep_every
+        self._thread: threading.Thread | None = None
+        self._failed: CheckpointError | None = None
+        self._damaged: list[Path] = []
+        self._calls = 0
 
     def __enter__(self) -> "Checkpoints":
+        logging.getLogger("absl").addFilter(_not_orbax)
         return self
 
-    def __exit__(self, *exception) -> None:
-        # Saves are synchronous so far: they leave nothing to wait for.
-        return None
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            # A second Ctrl-C waits for nothing; the save in flight stays unfinished.
+            if not isinstance(error, KeyboardInterrupt):
+                self.wait()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            warnings.warn(str(failed), stacklevel=2)
+        finally:
+            logging.getLogger("absl").removeFilter(_not_orbax)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, rising."""
         return [int(path.name) for path in self._whole()]
 
-    def save(self, step: int, state: Any, config_json: str, data_state: dict | None = None) -> Path:
-        """Writes the arrays of `state`, a dict or NamedTuple with `params`, and returns the folder.
+    def save(self, step: int, state: Any, config_json: str, data_state: dict | None = None) -> None:
+        """Starts to write the arrays of `state`, a dict or NamedTuple with `params`.
 
-        `data_state`: JSON, one per process. Every process calls this; earlier checkpoints go only
-        when this one is whole. Raises CheckpointError when there is a whole one of this step.
+        They are copied before this returns, so `state` may be donated; the bytes are written
+        meanwhile. `data_state`: JSON, one per process. Older checkpoints go only when this one is
+        whole. Raises CheckpointError when there is a whole one of this step, and whatever became of
+        the save before, as `wait`.
         """
+        halves = _halves(state)
+        self.wait()
         path = self._run / "checkpoints" / str(step)
-        first = jax.process_index() == 0
-        if path.exists():
-            try:
-                _read_manifest(path)
-            except TornCheckpointError:
-                if first:
-                    shutil.rmtree(path)
-            else:
-                raise CheckpointError(
-                    f"{path} is already a whole checkpoint; resume the run or choose another folder"
-                )
-        _barrier(f"bdjax-clear-{step}")
-        ocp.save_checkpointables(path / "arrays", _halves(state))
-        (path / "data").mkdir(exist_ok=True)
-        (path / "data" / f"{jax.process_index()}.json").write_text(json.dumps(data_state))
-        _barrier(f"bdjax-written-{step}")
-        if first:
-            (path / "config.json").write_text(config_json)
-            _write_manifest(path, state)
-            for old in self._whole()[: -self._keep]:
-                # Without its manifest a half-deleted checkpoint reads as unfinished.
-                (old / "bdjax.json").unlink()
-                shutil.rmtree(old)
-        _barrier(f"bdjax-done-{step}")
-        return path
+        call = self._call(f"save/{step}")
+        refused = gather(f"{call}/begin", self._clear(path))[0]
+        if refused:
+            raise CheckpointError(refused)
+        try:
+            response = ocp.save_checkpointables_async(path / "arrays", halves)
+        except (ValueError, OSError) as error:
+            response = _Failed(error)
+        leaves = {name: [list(v.shape), str(v.dtype)] for name, v in _leaves(state).items()}
+        bytes_ = sum(leaf.nbytes for leaf in _leaves(state).values())
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict | None]:
-        """(step, state, data state) of the newest whole checkpoint, or of `step`.
+        def finish():
+            try:
+                self._finish(path, call, response, leaves, config_json, data_state)
+            except Exception as error:
+                self._failed = self._failure(step, bytes_, error)
+
+        self._thread = threading.Thread(target=finish, daemon=True, name=f"bdjax-save-{step}")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises NoSpaceError or CheckpointError when the last save has failed; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save in flight is whole.
+
+        Raises NoSpaceError when the disk is full and CheckpointError for any other failure, once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, list[Any]]:
+        """(step, state, data states) of the newest whole checkpoint, or of `step`.
 
         `abstract_state` gives structure, shapes and shardings (`jax.eval_shape` of the
-        initialiser under the mesh in force), which may differ from those at the save. A torn
-        newest checkpoint is passed over with a warning if another is whole.
+        initialiser under the mesh in force), which may differ from those at the save. There is one
+        data state per process that saved. A torn newest checkpoint is passed over with a warning
+        if another is whole, and goes when the next one is.
 
-        Raises CheckpointError: nothing there, torn, foreign, a future format, other shapes, or
-        saved by another number of processes.
+        Raises CheckpointError: nothing there, torn, foreign, a future format, other shapes.
         """
 
-        def load(path: Path, manifest: dict):
-            _check_leaves(path, manifest["leaves"], abstract_state, everything=True)
-            if manifest["processes"] != jax.process_count():
-                raise CheckpointError(
-                    f"{path} holds the data state of {manifest['processes']} processes, and this "
-                    f"run has {jax.process_count()}; start as many, or begin a new run from its "
-                    "parameters"
-                )
-            loaded = _load(path, _halves(jax.tree.map(_placed, abstract_state)))
-            nested = loaded.get("rest", {}) | {"params": loaded["params"]}
-            data = (path / "data" / f"{jax.process_index()}.json").read_text()
-            return manifest["step"], _like(abstract_state, nested), json.loads(data)
+        def load(path: Path, found: dict):
+            _check_leaves(path, found["leaves"], abstract_state, everything=True)
+            names = sorted(found["files"])
+            share = names[jax.process_index() :: jax.process_count()]
+            self._together("verify", lambda: manifest.verify(path, found, share))
+            halves = _halves(jax.tree.map(_placed, abstract_state))
+            loaded = self._together("load", lambda: _load(path, halves))
+            nested = loaded.pop("rest", {}) | loaded
+            data = [
+                json.loads((path / "data" / f"{process}.json").read_text())
+                for process in range(sum(name.startswith("data/") for name in names))
+            ]
+            return found["step"], _like(abstract_state, nested), data
 
-        return _newest(self._run, step, load)
+        return _newest(self._run, step, load, self._damaged.append)
+
+    def _together(self, name: str, work: Callable[[], Any]) -> Any:
+        """`work()`, or TornCheckpointError in all processes when it is raised in any."""
+        result, torn = None, ""
+        try:
+            result = work()
+        except TornCheckpointError as error:
+            torn = str(error)
+        answers = gather(self._call(name), torn)
+        for answer in answers:
+            if answer:
+                raise TornCheckpointError(answer)
+        return result
+
+    def _call(self, name: str) -> str:
+        self._calls += 1
+        return f"checkpoint/{self._calls}/{name}"
+
+    def _clear(self, path: Path) -> str:
+        """Removes an unfinished checkpoint of this step; why it must stay if it must."""
+        if jax.process_index() == 0 and path.exists():
+            try:
+                manifest.read(path)
+            except TornCheckpointError:
+                manifest.remove(path)
+            except CheckpointError as error:
+                return str(error)
+            else:
+                if path not in self._damaged:
+                    return (
+                        f"{path} is already a whole checkpoint; resume the run or choose another "
+                        "folder"
+                    )
+                manifest.remove(path)
+        return ""
+
+    def _finish(self, path, call, response, leaves, config_json, data_state) -> None:
+        """The part of a save that runs beside the caller, in a thread of each process."""
+        first = jax.process_index() == 0
+
+        def arrays():
+            response.result()
+            (path / "data").mkdir(exist_ok=True)
+            own = path / "data" / f"{jax.process_index()}.json"
+            own.write_text(json.dumps(data_state))
+            if first:
+                (path / "config.json").write_text(config_json)
+
+        def settle():
+            names = manifest.list_files(path)
+            share = names[jax.process_index() :: jax.process_count()]
+            return json.dumps(manifest.settle(path, share))
+
+        def whole(files):
+            if first:
+                manifest.write(path, int(path.name), leaves, files)
+                self._prune(path)
+
+        try:
+            self._agreed(f"{call}/written", arrays)
+            shares = self._agreed(f"{call}/settled", settle)
+            files = {name: size for share in shares for name, size in json.loads(share).items()}
+            self._agreed(f"{call}/whole", lambda: whole(files))
+        except Exception:
+            if first:
+                manifest.remove(path)
+            raise
+
+    def _agreed(self, name: str, work: Callable[[], str | None]) -> list[str]:
+        """The answers of all processes; OSError in all of them when one fails."""
+        answer, failure = "", ""
+        try:
+            answer = work() or ""
+        except Exception as error:
+            failure = str(error).strip() or type(error).__name__
+        found = [json.loads(text) for text in gather(name, json.dumps([answer, failure]))]
+        for _, failure in found:
+            if failure:
+                raise OSError(failure)
+        return [answer for answer, _ in found]
+
+    def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
+        full = [text for text in _FULL if text in str(error)]
+        if full:
+            return NoSpaceError(
+                f"{self._run} has no room for the checkpoint of step {step} ({full[0]}); the older "
+                f"ones are as they were. While one is written there are {self._keep + 1} of "
+                f"{size / 1e6:.3g} MB: free some space, or type a smaller keep_checkpoints"
+            )
+        reason = str(error).strip().splitlines()[0]
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._run}: {reason}"
+        )
+
+    def _prune(self, newest: Path) -> None:
+        """Deletes what is not to be kept, now that `newest` is whole."""
+        older = [p for p in _numbered(newest.parent) if int(p.name) < int(newest.name)]
+        torn = [p for p in older if p in self._damaged or condition(p) is Condition.TORN]
+        whole = [p for p in older if p not in torn and condition(p) is Condition.WHOLE]
+        every = self._keep_every
+        kept = whole[max(0, len(whole) - self._keep + 1) :]
+        kept += [p for p in whole if every and int(p.name) % every == 0]
+        for path in torn + [p for p in whole if p not in kept]:
+            manifest.remove(path)
 
     def _whole(self) -> list[Path]:
-        return [path for path in _numbered(self._run / "checkpoints") if _is_whole(path)]
+        return [
+            path
+            for path in _numbered(self._run / "checkpoints")
+            if condition(path) is Condition.WHOLE
+        ]
+
+
+class _Failed:
+    """A save that Orbax refused at once, in the form of one that fails later."""
+
+    def __init__(self, error: Exception):
+        self._error = error
+
+    def result(self):
+        raise self._error
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """What Orbax logs about a failed save, pages of it, is raised as one sentence."""
+    return "_SignalingThread" not in record.getMessage()
 
 
 def restore_params(
@@ -124,32 +280,42 @@ def restore_params(
 ) -> tuple[int, Any]:
     """(step, parameters) alone, in the dtype and sharding of `abstract_params`.
 
-    `directory` is a run, its `checkpoints` or one checkpoint. Raises as `Checkpoints.restore`.
+    They are the moving average where the run kept one. `directory` is a run, its `checkpoints` or
+    one checkpoint. Raises as `Checkpoints.restore`.
     """
 
-    def load(path: Path, manifest: dict):
-        wanted = {"params": abstract_params}
-        _check_leaves(path, manifest["leaves"], wanted, everything=False)
-        loaded = _load(path, _halves(jax.tree.map(_placed, wanted)))
-        return manifest["step"], _like(abstract_params, loaded["params"])
+    def load(path: Path, found: dict):
+        half = "ema" if any(name.startswith("ema/") for name in found["leaves"]) else "params"
+        _check_leaves(path, found["leaves"], {half: abstract_params}, everything=False)
+        others = [f"arrays/{other}/" for other in ("params", "ema", "rest") if other != half]
+        names = [n for n in found["files"] if not n.startswith((*others, "data/"))]
+        manifest.verify(path, found, names)
+        wanted = {half: _nested(jax.tree.map(_placed, abstract_params))}
+        return found["step"], _like(abstract_params, _load(path, wanted)[half])
 
     return _newest(directory, step, load)
 
 
 def read_config(directory: str | Path, step: int | None = None) -> str:
     """The config's JSON, as saved. `directory` and errors as for `restore_params`."""
-    return _newest(directory, step, lambda path, _: (path / "config.json").read_text())
+
+    def load(path: Path, found: dict) -> str:
+        manifest.verify(path, found, ["config.json"])
+        return (path / "config.json").read_text()
+
+    return _newest(directory, step, load)
 
 
-def _newest(directory: str | Path, step: int | None, read):
-    """`read(path, manifest)` of the newest checkpoint that is not torn, or of `step`."""
+def _newest(directory: str | Path, step: int | None, load, passed_over=lambda path: None):
+    """`load(path, manifest)` of the newest checkpoint that is not torn, or of `step`."""
     paths = _find(Path(directory).absolute(), step)
     for path, before in zip(paths, [*paths[1:], None], strict=True):
         try:
-            return read(path, _read_manifest(path))
+            return load(path, manifest.read(path))
         except TornCheckpointError as error:
             if before is None:
                 raise
+            passed_over(path)
             warnings.warn(f"{error}; reading {before} instead", stacklevel=3)
     raise AssertionError("_find returns at least one path")
 
@@ -189,72 +355,12 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name))
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        _read_manifest(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _write_manifest(path: Path, state) -> None:
-    files = {str(f.relative_to(path)): f.stat().st_size for f in path.rglob("*") if f.is_file()}
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "step": int(path.name),
-        "processes": jax.process_count(),
-        "leaves": {k: [list(v.shape), str(v.dtype)] for k, v in _leaves(state).items()},
-        "files": files,
-    }
-    part = path / "bdjax.json.part"
-    part.write_text(json.dumps(manifest, indent=1))
-    part.rename(path / "bdjax.json")
-
-
-def _read_manifest(path: Path) -> dict:
-    """bdjax.json, once every file it lists is there in full."""
-    file = path / "bdjax.json"
-    if not file.exists():
-        if any(path.glob("arrays*")) or not any(path.iterdir()):
-            raise TornCheckpointError(f"{path} is a save that never finished (no bdjax.json)")
-        raise CheckpointError(
-            f"{path} was not written by bdjax (no bdjax.json); type the folder of a bdjax run"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise TornCheckpointError(f"{file} is damaged, expected JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f'{file} is not ours: expected "format": "{FORMAT}"; type the folder of a bdjax run'
-        )
-    if manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('version')}, and this bdjax reads format "
-            f"{FORMAT_VERSION}; type pip install --upgrade bdjax"
-        )
-    kinds = {"step": int, "processes": int, "leaves": dict, "files": dict}
-    for name, kind in kinds.items():
-        if not isinstance(manifest.get(name), kind):
-            raise TornCheckpointError(f"{file} is damaged: expected {name} to be {kind.__name__}")
-    for name, size in manifest["files"].items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            raise TornCheckpointError(f"{path} is damaged: {name} is missing") from None
-        if found != size:
-            raise TornCheckpointError(
-                f"{path} is damaged: {name} has {found} bytes, expected {size}"
-            )
-    return manifest
-
-
 def _check_leaves(path: Path, saved: dict, abstract, everything: bool) -> None:
     wanted = {name: list(leaf.shape) for name, leaf in _leaves(abstract).items()}
     there = {name: shape for name, (shape, _) in saved.items()}
     if not everything:
-        there = {name: shape for name, shape in there.items() if name.split("/")[0] == "params"}
+        halves = {name.split("/")[0] for name in wanted}
+        there = {name: shape for name, shape in there.items() if name.split("/")[0] in halves}
     wrong = [
         f"{name} is {there.get(name, 'absent')} in it and {wanted.get(name, 'absent')} here"
         for name in sorted(there.keys() | wanted.keys())
@@ -283,18 +389,23 @@ def _leaves(tree) -> dict[str, Any]:
 
 
 def _halves(state) -> dict[str, dict]:
-    """`state` as plain nested dicts: `params`, and the `rest` if there is any."""
+    """`state` as plain nested dicts: `params`, `ema` if there is one, and the `rest`."""
+    nested = _nested(state)
+    if "params" not in nested:
+        raise ValueError(f"a state holds `params`; this one has {', '.join(nested) or 'nothing'}")
+    halves = {name: nested.pop(name) for name in ("params", "ema") if name in nested}
+    return halves | {"rest": nested} if nested else halves
+
+
+def _nested(tree) -> dict[str, Any]:
     nested: dict[str, Any] = {}
-    for name, leaf in _leaves(state).items():
+    for name, leaf in _leaves(tree).items():
         *parents, last = name.split("/")
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = leaf
-    if "params" not in nested:
-        raise ValueError(f"a state holds `params`; this one has {', '.join(nested) or 'nothing'}")
-    params = {"params": nested.pop("params")}
-    return params | {"rest": nested} if nested else params
+    return nested
 
 
 def _like(abstract, nested: dict):
@@ -316,8 +427,3 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
         if not mesh.empty:
             place = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -168,7 +169,7 @@ def _train(args) -> int:
         return 0
     result = bdjax.train(config, args.run or f"runs/{config.name}", resume=args.resume)
     print(f"step {result.steps}/{config.steps}, run in {result.directory}")
-    return 130 if result.interrupted else 0
+    return 130 if result.signal == signal.SIGINT else 0
 
 
 def _blanks(tokenizer, text: str, blank: str) -> list[int | None]:

@@ -17,6 +17,7 @@ from bdjax.sharding import make_mesh
 from bdjax.sources import DataConfig, StandardLibrary, TextFiles
 from bdjax.step import Model
 from bdjax.tokenizer import ByteTokenizer
+from bdjax.watchdog import WatchdogConfig
 from pallas_kernels import Blockwise, Cudnn, Dense
 
 # Padding the vocabulary to a multiple of this keeps the head divisible over a tensor axis.
@@ -31,13 +32,22 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices split the batch (data), batch and weights (fsdp), heads and mlp (tensor)."""
+    """How many devices split the batch (data), batch and weights (fsdp), heads and mlp (tensor).
+
+    With several processes: one that sends no sign of life for `heartbeat_seconds` ends the others.
+    """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    heartbeat_seconds: float = 100.0
 
     def __post_init__(self):
+        if not self.heartbeat_seconds >= 1:
+            raise ValueError(
+                f"mesh.heartbeat_seconds={self.heartbeat_seconds} must be at least 1; type "
+                "mesh.heartbeat_seconds=100"
+            )
         for name in ("data", "fsdp", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -50,7 +60,16 @@ class MeshConfig:
         return self.data * self.fsdp * self.tensor
 
     def build(self) -> jax.sharding.Mesh:
-        """The explicit mesh; ValueError when this machine has too few devices."""
+        """The explicit mesh.
+
+        ValueError for too few devices, and with several processes for too many.
+        """
+        if jax.process_count() > 1 and self.devices != jax.device_count():
+            raise ValueError(
+                f"the mesh takes {self.devices} devices and the {jax.process_count()} processes "
+                f"have {jax.device_count()}; type mesh.data={jax.device_count()} mesh.fsdp=1 "
+                "mesh.tensor=1"
+            )
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
 
 
@@ -79,7 +98,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run. Build it in `get_config()` of a Python file; `bdjax train FILE key=value`."""
+    """A whole run. Build it in `get_config()` of a Python file; `bdjax train FILE key=value`.
+
+    The newest `keep_checkpoints` stay, and every one at a multiple of `keep_every` steps (0: none).
+    """
 
     name: str
     steps: int
@@ -91,9 +113,16 @@ class TrainConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    watchdog: WatchdogConfig = WatchdogConfig()
     seed: int = 0
 
     def __post_init__(self):
+        if self.keep_every < 0:
+            raise ValueError(
+                f"keep_every={self.keep_every} must not be negative; type keep_every=0 to keep the "
+                "newest checkpoints alone"
+            )
         for name, example in (("steps", 1000), ("checkpoint_every", 1000), ("keep_checkpoints", 2)):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -216,6 +245,7 @@ _CLASSES = (
     OptimConfig,
     MeshConfig,
     EvaluationConfig,
+    WatchdogConfig,
 )
 
 

@@ -6,6 +6,8 @@ been handed over, by which time the device has it ready.
 
 import io
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,35 @@ from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 Scalars = Mapping[str, Float[Array, ""] | Float[np.ndarray, ""] | float | int]
+
+
+LOG = "metrics.jsonl"
+
+
+def cut_log(directory: str | Path, step: int) -> None:
+    """Drops the lines of steps after `step`, and an unfinished last line: they will come again."""
+    file = Path(directory) / LOG
+    if jax.process_index() or not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        every = list(lines)
+    kept = [line for line in every if _step_of(line) <= step]
+    if len(kept) == len(every):
+        return
+    part = file.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as opened:
+        opened.writelines(kept)
+        opened.flush()
+        os.fsync(opened.fileno())
+    part.rename(file)
+
+
+def _step_of(line: str) -> int | float:
+    """The step of a whole line; later than any for another."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Writer:
@@ -38,7 +69,10 @@ class Writer:
             directory.mkdir(parents=True, exist_ok=True)
             # tensorboardX names files by the second and overwrites: a quick restart lost events.
             self._events = SummaryWriter(str(directory), filename_suffix=f".{time.time_ns()}")
-            self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+            # Its own thread would die of a full disk and leave us waiting for its queue.
+            events = self._events.file_writer.event_writer
+            events.add_event = events._ev_writer.write_event
+            self._lines = (directory / LOG).open("a", encoding="utf-8")
 
     def __enter__(self) -> "Writer":
         return self

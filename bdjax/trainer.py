@@ -1,9 +1,11 @@
 """The training loop: a thin driver of the step. Nothing of a run is lost when it is interrupted."""
 
+import contextlib
+import errno
+import io
 import itertools
-import signal
-import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,49 +14,33 @@ from typing import Any
 import jax
 
 from bdjax import likelihood
-from bdjax.checkpoint import Checkpoints, read_config
+from bdjax.checkpoint import Checkpoints, NoSpaceError, read_config
 from bdjax.config import TrainConfig, check_seed, config_from_json
 from bdjax.data import evaluation_batches, training_batches
 from bdjax.display import clean_text
+from bdjax.distributed import Agreement, Peers
 from bdjax.generation import LanguageModel, generate
-from bdjax.metrics import Progress, Writer
+from bdjax.interrupts import Interrupts
+from bdjax.metrics import Progress, Writer, cut_log
 from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
-from bdjax.train_step import initial_state, train_step
+from bdjax.train_step import TrainState, initial_state, train_step
+from bdjax.watchdog import Watchdog
+
+# What may change on the way: none of it changes a number beyond rounding.
+_FREE = ("mesh", "evaluation", "checkpoint_every", "keep_checkpoints", "keep_every", "watchdog")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train` leaves: the run's folder, its metrics, and whether it was interrupted."""
+    """What `train` leaves: the run's folder, its metrics, and whether a `signal` interrupted it."""
 
     directory: Path
     history: list[tuple[int, dict[str, float]]]
     steps: int
     interrupted: bool
+    signal: int
     model: LanguageModel
-
-
-class _Interrupt:
-    """Ctrl-C and SIGTERM end the loop after the step in flight; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def train(
@@ -68,12 +54,23 @@ def train(
 
     resume: go on from the newest whole checkpoint there, with the same noise and data as if never
     stopped; when there is none, from the start. Ctrl-C or SIGTERM writes a checkpoint and returns
-    with `interrupted`. Raises FileExistsError when the folder holds a run and `resume` is not asked
-    for, ValueError when it holds another config (evaluation and checkpointing may change),
-    CheckpointError for torn or foreign checkpoints.
+    with `interrupted`. Of several processes (`start_processes`) the first writes and says what
+    there is to say. A save for which the disk has no room is a warning, and the next one tries
+    again.
+
+    Raises FileExistsError when the folder holds a run and `resume` is not asked for, ValueError
+    when it holds another config (how a run is watched, saved and spread over devices may change),
+    CheckpointError for torn or foreign checkpoints and when the last save fails, OSError naming the
+    folder when the log has no room, PeerError when the other processes do not come.
     """
     directory = Path(directory)
-    with jax.set_mesh(config.mesh.build()), Checkpoints(directory, config.keep_checkpoints) as kept:
+    say = say if jax.process_index() == 0 else _silent
+    advice = f"start all processes again with --resume to go on from what {directory} holds"
+    with (
+        jax.set_mesh(config.mesh.build()),
+        Peers(config.mesh.heartbeat_seconds, advice),
+        Checkpoints(directory, config.keep_checkpoints, config.keep_every) as kept,
+    ):
         saved = kept.steps()
         if saved and not resume:
             raise FileExistsError(
@@ -98,55 +95,125 @@ def train(
         begin = 0
         if saved:
             abstract = jax.tree.map(_abstract, state)
-            begin, state, data_state = kept.restore(abstract)
-            data.set_state(data_state)
+            begin, state, data_states = kept.restore(abstract)
+            data.set_state(data_states[0])
             say(f"resumed from step {begin}")
         root = jax.random.key(config.seed)
-        text = to_json(config)
         step = partial(train_step, config.objective, model, optimiser)
-        done, written = begin, begin if saved else -1
-
-        def save():
-            nonlocal written
-            if done > written:
-                kept.save(done, state, text, data.get_state())
-                written = done
+        done, asked = begin, 0
+        saves = _Saves(kept, to_json(config), begin if saved else -1)
+        agreed = Agreement(jax.sharding.get_mesh())
 
         def language_model() -> LanguageModel:
             return LanguageModel(config=config, model=model, params=state.params)
 
+        def save():
+            # What the log says of these steps is on the disk before the checkpoint is.
+            show(writer.flush())
+            saves.save(done, state, data.get_state())
+
+        def show(late):
+            if late is not None:
+                values = late[1]
+                progress.update(late[0], loss=values["loss"], tokens=int(values["tokens"]))
+
         with (
-            _Interrupt() as interrupt,
-            Writer(directory) as writer,
-            Progress(config.steps) as progress,
+            _naming(directory),
+            Interrupts() as interrupts,
+            Watchdog(config.watchdog, directory) as watchdog,
+            _log(directory, begin) as writer,
+            _progress(config.steps) as progress,
         ):
-            while done < config.steps and not interrupt.asked:
+            while done < config.steps and not asked:
                 state, metrics = step(state, likelihood.to_device(next(data)), root)
                 done += 1
-                late = writer.write(done, metrics)
-                if late is not None:
-                    values = late[1]
-                    progress.update(late[0], loss=values["loss"], tokens=int(values["tokens"]))
-                if done % config.checkpoint_every == 0:
-                    save()
+                show(writer.write(done, metrics))
+                asked = agreed(interrupts.asked)
+                watchdog.alive(done)
+                saves.check()
                 if _due(config, done):
+                    watchdog.alive(done, compiling=True)
                     report = evaluate_model(language_model(), held_out, config.evaluation.batches)
                     writer.write_text(done, "evaluation", str(report))
                     say(f"step {done}: {report}")
                     say(_sample(language_model(), config, writer, done))
-            late = writer.flush()
-            if late is not None:
-                progress.update(late[0], loss=late[1]["loss"], tokens=int(late[1]["tokens"]))
+                    watchdog.alive(done)
+                if done % config.checkpoint_every == 0:
+                    save()
+            watchdog.alive(done, compiling=True)
             save()
-        if interrupt.asked:
+            saves.close(done, state, data.get_state())
+        if asked:
             say(f"interrupted: checkpoint of step {done} is in {directory}; --resume goes on")
         return TrainResult(
             directory=directory,
             history=writer.history,
             steps=done,
-            interrupted=interrupt.asked,
+            interrupted=bool(asked),
+            signal=asked,
             model=language_model(),
         )
+
+
+class _Saves:
+    """When to save is the loop's business; this is what happens when a save finds no room."""
+
+    def __init__(self, kept: Checkpoints, config_json: str, written: int):
+        self._kept = kept
+        self._config = config_json
+        self._written = written
+
+    def check(self) -> None:
+        """A save that has failed: no room is a warning, anything else is raised."""
+        self._warning(self._kept.check)
+
+    def save(self, step: int, state: TrainState, data_state: Any) -> None:
+        """Starts to save `step`, once."""
+        self._warning(self._kept.wait)
+        if step > self._written:
+            self._kept.save(step, state, self._config, data_state)
+            self._written = step
+
+    def close(self, step: int, state: TrainState, data_state: Any) -> None:
+        """Waits for the last save, and tries once more when it found no room."""
+        self.save(step, state, data_state)
+        self._kept.wait()
+
+    def _warning(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except NoSpaceError as error:
+            self._written = -1
+            if jax.process_index() == 0:
+                warnings.warn(f"{error}; the run goes on and tries again", stacklevel=2)
+
+
+@contextlib.contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Says which folder had no room: the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{directory} has no room for the run's log ({error.strerror}); free some space and "
+            "type --resume"
+        ) from error
+
+
+def _log(directory: Path, begin: int) -> Writer:
+    """The log, in which every step stands once: those after `begin` will be run again."""
+    cut_log(directory, begin)
+    return Writer(directory)
+
+
+def _progress(steps: int) -> Progress:
+    return Progress(steps) if jax.process_index() == 0 else Progress(steps, file=io.StringIO())
+
+
+def _silent(text: str) -> None:
+    """Where only the first process speaks."""
 
 
 def _check_same(config: TrainConfig, saved: TrainConfig, directory: Path) -> None:
@@ -154,12 +221,7 @@ def _check_same(config: TrainConfig, saved: TrainConfig, directory: Path) -> Non
 
     The learning rate depends on `steps`, so these are part of the run too.
     """
-    saved = replace(
-        saved,
-        evaluation=config.evaluation,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-    )
+    saved = replace(saved, **{name: getattr(config, name) for name in _FREE})
     if saved == config:
         return
     before, now = (

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # needs a place here.
 LAYERS = (
     # Leaves: nothing of bdjax.
-    ("checkpoint", "chips", "corpus", "display", "metrics", "ngram", "overrides", "plots")
-    + ("sharding", "stats", "tokenizer"),
-    ("attention", "data", "layout", "parameters", "policies", "seeds"),
+    ("chips", "corpus", "display", "distributed", "interrupts", "manifest", "metrics", "ngram")
+    + ("overrides", "plots", "sharding", "stats", "tokenizer", "watchdog"),
+    ("attention", "checkpoint", "data", "layout", "parameters", "policies", "seeds"),
     ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),
     ("step",),

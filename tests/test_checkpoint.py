@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from bdjax import manifest
 from bdjax.checkpoint import CheckpointError, Checkpoints, read_config, restore_params
 from bdjax.optim import OptimConfig, make_optimiser
 from bdjax.parameters import Parameter, Role, map_table
@@ -80,9 +83,9 @@ def test_the_newest_comes_back(run):
     checkpoints = Checkpoints(run)
     assert checkpoints.steps() == [1, 2]
     step, state, data = checkpoints.restore(abstract())
-    assert (step, data) == (2, {"position": 2})
+    assert (step, data) == (2, [{"position": 2}])
     assert_equal(state, fresh(2))
-    assert checkpoints.restore(abstract(), step=1)[2] == {"position": 1}
+    assert checkpoints.restore(abstract(), step=1)[2] == [{"position": 1}]
     for folder in (run, run / "checkpoints", latest(run)):
         assert read_config(folder) == CONFIG
 
@@ -92,7 +95,7 @@ def test_other_meshes(run):
         _, state, _ = Checkpoints(run).restore(abstract())
         assert state.params["layers"]["up"].sharding.spec == P(None, "fsdp", "tensor")
         assert_equal(state, fresh(2))
-        Checkpoints(run).save(3, state, CONFIG)
+        save(run, 3, state)
     with jax.set_mesh(make_mesh(tensor=8)):
         _, state, _ = Checkpoints(run).restore(abstract())
         assert state.params["layers"]["up"].sharding.spec == P(None, None, "tensor")
@@ -106,20 +109,80 @@ def test_parameters_alone_in_another_dtype(run):
     assert_equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh(1).params))
 
 
+def save(folder, step, state=None, **options):
+    with Checkpoints(folder, **options) as checkpoints:
+        checkpoints.save(step, fresh(step) if state is None else state, CONFIG)
+
+
+def fail(*_):
+    raise OSError("the cable is out")
+
+
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(run, monkeypatch):
-    checkpoints = Checkpoints(run, keep=1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            "bdjax.checkpoint._write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        checkpoints.save(3, fresh(3), CONFIG)
-    assert checkpoints.steps() == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", fail)
+        with pytest.raises(CheckpointError, match="of step 3 could not be written.*cable"):
+            save(run, 3, keep=1)
+    # Nothing of a failed save takes up room.
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1", "2"]
+    shutil.copytree(latest(run), run / "checkpoints" / "3")
+    (run / "checkpoints" / "3" / "bdjax.json").unlink()
     with pytest.warns(UserWarning, match="3 is a save that never finished.*; reading .*2 instead"):
-        assert checkpoints.restore(abstract())[0] == 2
-    checkpoints.save(3, fresh(3), CONFIG)
-    assert checkpoints.steps() == [3]
+        assert Checkpoints(run).restore(abstract())[0] == 2
+    save(run, 3, keep=1)
+    assert Checkpoints(run).steps() == [3]
     with pytest.raises(CheckpointError, match="already a whole checkpoint"):
-        checkpoints.save(3, fresh(3), CONFIG)
+        save(run, 3)
+
+
+def test_a_save_that_failed_is_told_at_the_next_call_and_once(run, monkeypatch):
+    with Checkpoints(run) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "settle", fail)
+            checkpoints.save(3, fresh(3), CONFIG)
+            with pytest.raises(CheckpointError, match="cable"):
+                checkpoints.save(4, fresh(4), CONFIG)
+        checkpoints.check()
+        checkpoints.save(4, fresh(4), CONFIG)
+    assert Checkpoints(run).steps() == [2, 4]
+
+
+def test_a_save_goes_on_while_its_arrays_are_donated(tmp_path):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    state = {"params": {"small": jnp.arange(8.0), "large": jnp.arange(300_000.0)}}
+    wanted = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, CONFIG)
+        for _ in range(3):
+            state = step(state)
+    assert_equal(Checkpoints(tmp_path).restore(jax.tree.map(jnp.zeros_like, wanted))[1], wanted)
+
+
+def test_the_newest_and_every_so_many_steps_stay(tmp_path):
+    state = {"params": {"w": jnp.zeros(3)}}
+    with Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, state, CONFIG)
+    assert Checkpoints(tmp_path).steps() == [4, 8, 9, 10]
+
+
+def test_folders_of_others_are_never_deleted(tmp_path):
+    foreign = tmp_path / "checkpoints" / "1"
+    foreign.mkdir(parents=True)
+    (foreign / "model.safetensors").write_bytes(b"x")
+    for step in (2, 3):
+        save(tmp_path, step, keep=1)
+    assert (foreign / "model.safetensors").exists() and Checkpoints(tmp_path).steps() == [3]
+
+
+def test_the_moving_average_is_what_is_read_alone(tmp_path):
+    state = {"params": {"w": jnp.zeros(3)}, "ema": {"w": jnp.ones(3)}, "step": jnp.zeros(())}
+    save(tmp_path, 1, state)
+    # The rest is not read: it may even be gone bad.
+    flip(next((tmp_path / "checkpoints" / "1" / "arrays" / "params").rglob("d/*")), 0)
+    assert_equal(restore_params(tmp_path, state["params"])[1], state["ema"])
+    with pytest.raises(CheckpointError, match="arrays/params/.* have changed"):
+        Checkpoints(tmp_path).restore(state)
 
 
 def largest(path: Path) -> Path:
@@ -164,21 +227,47 @@ def test_a_torn_newest_falls_back_and_a_torn_only_one_is_an_error(run, fault):
     with pytest.raises(CheckpointError, match=sentence) as error:
         Checkpoints(run).restore(abstract())
     assert str(latest(run)) in str(error.value) and "\n" not in str(error.value)
-    Checkpoints(run).save(2, fresh(2), CONFIG)
+    save(run, 2)
     assert Checkpoints(run).restore(abstract())[0] == 2
 
 
-def test_flipped_bytes_of_the_right_length(run):
-    shutil.rmtree(run / "checkpoints" / "1")
-    for file in (latest(run) / "arrays").rglob("d/*"):
-        file.write_bytes(bytes(255 - b for b in file.read_bytes()))
-    with pytest.raises(CheckpointError, match="damaged: Orbax answers"):
-        Checkpoints(run).restore(abstract())
+def flip(file: Path, place: int):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << (place % 8)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_flipped_bit_is_noticed_or_means_nothing(run, seed):
+    draw = random.Random(seed)
+    files = sorted(p for p in latest(run).rglob("*") if p.is_file() and p.stat().st_size)
+    # Small files are as likely as large ones.
+    file = draw.choice(files)
+    flip(file, draw.randrange(file.stat().st_size))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step, state, data = Checkpoints(run).restore(abstract())
+    assert step == 2 or any("damaged" in str(w.message) for w in said)
+    assert data == [{"position": step}]
+    assert_equal(state, fresh(step))
+    assert read_config(run) == CONFIG
+
+
+def test_a_checkpoint_gone_bad_makes_room_for_the_next(run):
+    flip(largest(latest(run) / "arrays"), 5)
+    with Checkpoints(run, keep=2) as checkpoints:
+        with pytest.warns(UserWarning, match="have changed; reading .*1 instead"):
+            assert checkpoints.restore(abstract())[0] == 1
+        checkpoints.save(2, fresh(2), CONFIG)
+        checkpoints.save(3, fresh(3), CONFIG)
+        assert_equal(checkpoints.restore(abstract(), step=2)[1], fresh(2))
 
 
 def edited(path: Path, **changes):
     file = path / "bdjax.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    changed = json.loads(file.read_text()) | changes
+    del changed["crc32"]
+    file.write_text(json.dumps(changed | {"crc32": manifest.checksum(changed)}))
 
 
 def test_foreign_folders(run, tmp_path):
@@ -190,8 +279,10 @@ def test_foreign_folders(run, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("empty holds no checkpoint: expected folders like", tmp_path / "empty")
     refused("no checkpoint of step 7; type one of 1, 2", step=7)
-    edited(latest(run), version=2)
-    refused("has checkpoint format 2, and this bdjax reads format 1; type pip install")
+    edited(latest(run), version=3)
+    refused("has checkpoint format 3, and this bdjax reads format 2; type pip install")
+    edited(latest(run), version=1)
+    refused("has checkpoint format 1, and this bdjax reads format 2; read it with the bdjax")
     edited(latest(run), format="other")
     refused("bdjax.json is not ours")
     (latest(run) / "bdjax.json").write_text("[]")
@@ -201,7 +292,7 @@ def test_foreign_folders(run, tmp_path):
     (latest(run) / "model.safetensors").write_bytes(b"x")
     refused("2 was not written by bdjax")
     with pytest.raises(CheckpointError, match="was not written by bdjax"):
-        Checkpoints(run).save(2, fresh(2), CONFIG)
+        save(run, 2)
 
 
 def test_another_config(run):

@@ -12,6 +12,7 @@ import pytest
 from test_trainer import ROW, STEPS, texts, tiny_config
 
 import bdjax
+from bdjax import manifest
 from bdjax.checkpoint import Checkpoints
 from bdjax.cli import main
 from bdjax.overrides import to_json
@@ -253,17 +254,18 @@ def test_what_is_no_run_is_named(cli, command, home, tmp_path):
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_a_torn_run_is_named_and_a_foreign_text_drives_no_terminal(cli, command, home, tmp_path):
     torn = shutil.copytree(home / "run", tmp_path / "run")
-    for manifest in torn.rglob("bdjax.json"):
-        manifest.write_text("{")
+    for file in torn.rglob("bdjax.json"):
+        file.write_text("{")
     code, _, err = cli(f"{command} {torn}")
     # The older checkpoint is tried, with a warning, before the command gives up.
     assert code == 1 and "is damaged" in err.splitlines()[-1] and "Traceback" not in err
     evil = shutil.copytree(home / "run", tmp_path / "evil") / "checkpoints" / str(STEPS)
     config = (evil / "config.json").read_text().replace('"steps"', '"\\u001b[31msteps"')
     (evil / "config.json").write_text(config)
-    manifest = json.loads((evil / "bdjax.json").read_text())
-    manifest["files"]["config.json"] = len(config)
-    (evil / "bdjax.json").write_text(json.dumps(manifest))
+    listed = json.loads((evil / "bdjax.json").read_text())
+    del listed["crc32"]
+    listed["files"] |= manifest.settle(evil, ["config.json"])
+    (evil / "bdjax.json").write_text(json.dumps(listed | {"crc32": manifest.checksum(listed)}))
     code, _, err = cli(f"{command} {evil}")
     assert code == 1 and "steps is no field of TrainConfig" in err and "\x1b" not in err
 

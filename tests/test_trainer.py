@@ -28,9 +28,11 @@ from bdjax import (
     trainer,
 )
 from bdjax.checkpoint import Checkpoints
+from bdjax.metrics import cut_log
 from bdjax.optim import make_optimiser
 from bdjax.tokenizer import ByteTokenizer
 from bdjax.train_step import initial_state
+from bdjax.watchdog import WatchdogConfig
 
 STEPS, HALF, CAUGHT = 8, 4, 3
 BLOCK, ROW, BATCH = 4, 32, 4
@@ -160,6 +162,8 @@ def test_resuming_equals_no_interruption_bitwise(config, straight, run, how):
     assert said == [f"resumed from step {HALF}"]
     assert result.history == straight.history[HALF:]
     assert_same_end(config, run, straight)
+    # Steps that were run again stand in the log once.
+    assert logged(run) == logged(straight.directory)
 
 
 def test_an_interrupted_run_saves_and_goes_on_as_if_never_stopped(
@@ -182,9 +186,17 @@ def test_sigterm_saves_too_and_handlers_are_put_back(config, tmp_path, monkeypat
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     interrupt_at(monkeypatch, 1, signal.SIGTERM)
     result = train(config, tmp_path / "run", say=quiet)
-    assert (result.interrupted, result.steps) == (True, 1)
+    assert (result.interrupted, result.signal, result.steps) == (True, signal.SIGTERM, 1)
     assert Checkpoints(tmp_path / "run").steps() == [1]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_what_a_killed_process_left_of_a_line_is_cut(run, straight):
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 1.')
+    cut_log(run, HALF)
+    assert logged(run) == logged(straight.directory)[:HALF]
+    assert (run / "metrics.jsonl").read_text().endswith("}\n")
 
 
 def test_a_finished_run_is_resumed_to_nothing(config, run):
@@ -227,6 +239,8 @@ def test_evaluation_and_checkpointing_may_change_on_the_way(config, run):
         evaluation=EvaluationConfig(every=100, prompt="a\nsteps = 3"),
         checkpoint_every=1,
         keep_checkpoints=7,
+        keep_every=3,
+        watchdog=WatchdogConfig(seconds=0.0),
     )
     assert train(changed, run, resume=True, say=quiet).steps == STEPS
 

@@ -403,7 +403,8 @@ def test_what_a_pod_trained_a_laptop_samples(home, tmp_path):
         data=replace(config.data, batch_size=many),
         mesh=bdjax.MeshConfig(data=many),
     )
-    Checkpoints(tmp_path).save(1, {"params": loaded.params}, to_json(config))
+    with Checkpoints(tmp_path) as kept:
+        kept.save(1, {"params": loaded.params}, to_json(config))
     found = bdjax.load(tmp_path)
     assert found.config.mesh == bdjax.MeshConfig()
     assert Path(tmp_path / "checkpoints" / "1").is_dir()

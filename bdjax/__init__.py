@@ -12,6 +12,7 @@ from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
 from bdjax.optim import OptimConfig
 from bdjax.overrides import apply_overrides, load_config, to_text
+from bdjax.plan import Plan, make_plan
 from bdjax.policies import (
     Dynamic,
     EntropyBounded,
@@ -45,6 +46,7 @@ __all__ = [
     "MeshConfig",
     "Objective",
     "OptimConfig",
+    "Plan",
     "Policy",
     "RandomOne",
     "Remat",
@@ -61,6 +63,7 @@ __all__ = [
     "generate",
     "load",
     "load_config",
+    "make_plan",
     "to_text",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The `bdjax` command: train, sample, evaluate. It uses the public API and nothing else."""
+"""The `bdjax` command: train, plan, sample, evaluate. It uses the public API and nothing else."""
 
 import argparse
 import json
@@ -22,6 +22,12 @@ Train a config file into a folder.
 
 example:
   bdjax train configs/demo.py --run runs/demo optim.peak_lr=0.01 steps=500
+"""
+_PLAN = """\
+Compile the train step for chips that are not here; say what it needs and whether it fits.
+
+example:
+  bdjax plan configs/pod_1b.py --topology v5e-256
 """
 _SAMPLE = """\
 Write text with a trained model.
@@ -62,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run", help="folder of the run (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
     train.add_argument("--print-config", action="store_true", help="show the result and stop")
+
+    plan = command("plan", _PLAN)
+    plan.add_argument("config", help="Python file with get_config()")
+    plan.add_argument("overrides", nargs="*", default=[], help="as for train")
+    plan.add_argument(
+        "--topology",
+        default="here",
+        help="TPU slice as in v5e-16, v5p-8, v6e-256, 7x-16 or v5p:2x2x4 (default: here)",
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object")
 
     sample = command("sample", _SAMPLE)
     sample.add_argument("run", help="folder of a run, or one checkpoint in it")
@@ -157,13 +173,24 @@ def _policy(args, size: int) -> bdjax.Policy:
     }[args.policy]()
 
 
-def _train(args) -> int:
+def _config(args) -> bdjax.TrainConfig:
     config = bdjax.apply_overrides(bdjax.load_config(args.config), args.overrides)
     if not isinstance(config, bdjax.TrainConfig):
         raise ValueError(
             f"{args.config}: get_config() returned a {type(config).__name__}; expected a "
             "bdjax.TrainConfig"
         )
+    return config
+
+
+def _plan(args) -> int:
+    found = bdjax.make_plan(_config(args), args.topology)
+    print(_json(found.as_dict()) if args.json else found)
+    return 0
+
+
+def _train(args) -> int:
+    config = _config(args)
     if args.print_config:
         print(bdjax.to_text(config))
         return 0
@@ -303,11 +330,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # argparse takes overrides only right after the config file: those behind a flag come as rest.
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (
+        args.command not in ("train", "plan") or any(word.startswith("-") for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    run = {"train": _train, "sample": _sample, "evaluate": _evaluate}[args.command]
+    run = {"train": _train, "plan": _plan, "sample": _sample, "evaluate": _evaluate}[args.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

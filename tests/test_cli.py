@@ -18,7 +18,7 @@ from bdjax.cli import main
 from bdjax.overrides import to_json
 from bdjax.tokenizer import ByteTokenizer
 
-COMMANDS = ("train", "sample", "evaluate")
+COMMANDS = ("train", "plan", "sample", "evaluate")
 
 _CONFIG = """
 from pathlib import Path

@@ -10,10 +10,11 @@ import tiny
 
 from bdjax import presets
 from bdjax.chips import CHIPS, chip_of
+from bdjax.embedding import TokenEmbedding
 from bdjax.flops import documents_of, layer_matrices, scored_share, step_flops, visible_pairs
 from bdjax.layout import clean_places, join_places, noisy_places
 from bdjax.loss import losses, total
-from bdjax.model import DecoderConfig, Remat, TokenEmbedding
+from bdjax.model import DecoderConfig, Remat
 from bdjax.noise import Bernoulli, Scope
 from bdjax.objective import Batch, BlockSize, Objective
 from bdjax.parameters import count

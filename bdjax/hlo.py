@@ -1,0 +1,191 @@
+"""Reads a compiled program's text: which collectives it runs, how often, over how many bytes.
+
+XLA's own cost analysis counts a loop's body once. Here bodies are multiplied by their trip counts,
+taken from XLA's annotation or from a condition `i < constant`, which is how scans come out (they
+start at 0 and step by 1). A loop whose bound is data counts once and is reported.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|branch_computations|called_computations|true_computation|"
+    r"false_computation)=(\{[^}]*\}|%?[^\s,)}]+)"
+)
+_CONDITION = re.compile(r"\bcondition=%?([^\s,)}]+)")
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")  # groups of one device
+_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
+_CONSTANT = re.compile(r"%?(\S+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r"ROOT .* compare\(%?([^\s,]+), %?([^\s,)]+)\), direction=LT")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind in one run of the program, on one device.
+
+    bytes: sizes of the whole arrays they make (of what goes in for a reduce-scatter), added up.
+    """
+
+    count: int
+    bytes: int
+
+
+class Collectives(NamedTuple):
+    """Traffic by kind; `open_loops` bodies that hold collectives have a bound that is data and are
+    counted once.
+    """
+
+    traffic: dict[str, Traffic]
+    open_loops: int
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+
+def collectives(text: str) -> Collectives:
+    """The collectives of a compiled program (`compiled.as_text()`)."""
+    computations, entry = _computations(text)
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    open_loops: set[str] = set()
+
+    def visit(name: str, times: int, path: tuple[str, ...]):
+        for instruction in computations.get(name, ()):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS and not _ALONE.search(instruction.rest):
+                # An asynchronous one is spelled in several fusions that share its channel.
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                key = kind, channel[1] if channel else f"{name}/{instruction.name}"
+                size = _moved(kind, instruction, computations[name])
+                before = found.get(key, (0, 0))
+                found[key] = max(times, before[0]), max(size, before[1])
+            inner, within = times, path
+            if instruction.opcode == "while":
+                trips = _trip_count(instruction, computations)
+                inner *= trips or 1
+                within = (*path, instruction.name) if trips is None else path
+            for called in _CALLED.finditer(instruction.rest):
+                for target in re.findall(r"[^\s,{}%]+", called[2]):
+                    if target in holding:
+                        open_loops.update(within[len(path) :])
+                        visit(target, inner, within)
+
+    holding = _holding(computations)
+    visit(entry, 1, ())
+    traffic = {kind: Traffic(0, 0) for kind in KINDS}
+    for (kind, _), (times, size) in found.items():
+        before = traffic[kind]
+        traffic[kind] = Traffic(before.count + times, before.bytes + times * size)
+    return Collectives({k: t for k, t in traffic.items() if t.count}, len(open_loops))
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of an HLO shape such as "f32[2,3]{1,0}", or of all arrays of a tuple of them."""
+    total = 0
+    for kind, dims in _ARRAY.findall(shape):
+        bits = _BITS.get(kind)
+        if bits is None:
+            number = re.search(r"\d+", kind)
+            bits = int(number[0]) if number else 0
+        total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+    return total
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            header = _HEADER.match(line)
+            if header:
+                name = header[2]
+                computations[name] = []
+                entry = name if header[1] else entry
+            continue
+        instruction = _instruction(line.strip())
+        if instruction is not None and name:
+            computations[name].append(instruction)
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction | None:
+    name, equals, right = line.partition(" = ")
+    if not equals:
+        return None
+    end = _closing(right) if right.startswith("(") else right.find(" ")
+    shape, rest = right[:end], right[end:].strip()
+    return _Instruction(name.split()[-1].lstrip("%"), shape, rest.partition("(")[0], line)
+
+
+def _closing(text: str) -> int:
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _operands(instruction: _Instruction, computation: list[_Instruction]) -> int:
+    """Bytes of the operands: XLA writes their names, or their shapes before the names."""
+    begin = instruction.rest.index(instruction.opcode + "(") + len(instruction.opcode)
+    inside = instruction.rest[begin : begin + _closing(instruction.rest[begin:])]
+    if _ARRAY.search(inside):
+        return array_bytes(inside)
+    shapes = {other.name: other.shape for other in computation}
+    names = re.findall(r"%?([^\s,()]+)", re.sub(r"/\*.*?\*/", "", inside))
+    return sum(array_bytes(shapes.get(name, "")) for name in names)
+
+
+def _moved(kind: str, instruction: _Instruction, computation: list[_Instruction]) -> int:
+    if kind == "reduce-scatter":
+        return _operands(instruction, computation)
+    result = array_bytes(instruction.shape)
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        # The result of a start holds its operands too.
+        result -= _operands(instruction, computation)
+    return result
+
+
+def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    condition = _CONDITION.search(loop.rest)
+    lines = [i.rest for i in computations.get(condition[1], ())] if condition else []
+    constants = {found[1]: int(found[2]) for line in lines if (found := _CONSTANT.search(line))}
+    for line in lines:
+        bound = _BOUND.search(line)
+        if bound and bound[2] in constants:
+            return constants[bound[2]]
+    return None
+
+
+def _holding(computations: dict[str, list[_Instruction]]) -> set[str]:
+    """Computations that run a collective, themselves or in what they call."""
+    calls = {
+        name: {
+            target
+            for i in instructions
+            for called in _CALLED.finditer(i.rest)
+            for target in re.findall(r"[^\s,{}%]+", called[2])
+        }
+        for name, instructions in computations.items()
+    }
+    holding = {
+        name
+        for name, instructions in computations.items()
+        if any(i.opcode.removesuffix("-start") in KINDS for i in instructions)
+    }
+    while True:
+        more = {name for name, called in calls.items() if called & holding} - holding
+        if not more:
+            return holding
+        holding |= more

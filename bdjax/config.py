@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from bdjax import corpus, noise, objective
+from bdjax import noise, objective
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig
 from bdjax.embedding import TokenEmbedding
@@ -206,8 +206,7 @@ class TrainConfig:
 
     def documents(self) -> tuple[list[Document], list[Document]]:
         """Training and held-out documents."""
-        found = self.data.source.documents()
-        return corpus.split_by_hash(found, float(self.data.held_out_fraction))
+        return self.data.documents()
 
     def build_model(self) -> Model:
         """The network with embedding and readout; mask, BOS and padding ids are never drawn."""

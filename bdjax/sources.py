@@ -27,13 +27,26 @@ class StandardLibrary(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(Source):
-    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt"."""
+    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt".
+
+    first, last: take the bytes between these two fractions of each file, in whole characters.
+    `TextFiles(paths=p, last=0.9)` and `TextFiles(paths=p, first=0.9)` share a file without overlap.
+    """
 
     paths: tuple[str, ...]
+    first: float = 0.0
+    last: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.first < self.last <= 1:
+            raise ValueError(
+                f"first={self.first}, last={self.last} must be fractions with 0 <= first < last "
+                "<= 1; type first=0.0 last=0.9"
+            )
 
     def documents(self) -> list[Document]:
         """The files' contents; errors name the file."""
-        return corpus.read_text_files(self.paths)
+        return corpus.read_text_files(self.paths, self.first, self.last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +54,8 @@ class DataConfig:
     """Where rows come from.
 
     aligned: documents start on multiples of the run's largest block. tail: what stands between a
-    document's end and its block's. held_out_fraction: share of the documents kept for evaluation.
+    document's end and its block's. held_out: the documents to evaluate on; without it,
+    `held_out_fraction` of the source's documents, chosen by content, are kept for that.
     """
 
     source: Source = StandardLibrary()
@@ -49,6 +63,7 @@ class DataConfig:
     batch_size: int = 8
     aligned: bool = True
     tail: Tail = Tail.FILL
+    held_out: Source | None = None
     held_out_fraction: float = 0.05
 
     def __post_init__(self):
@@ -66,3 +81,21 @@ class DataConfig:
                 f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1; type "
                 "data.held_out_fraction=0.05"
             )
+
+    def documents(self) -> tuple[list[Document], list[Document]]:
+        """Training and held-out documents.
+
+        Raises ValueError when a side is empty or a held-out text is a training text too.
+        """
+        found = self.source.documents()
+        if self.held_out is None:
+            return corpus.split_by_hash(found, self.held_out_fraction)
+        held_out = self.held_out.documents()
+        names = {document.data: document.name for document in found if document.data}
+        for document in held_out:
+            if document.data in names:
+                raise ValueError(
+                    f"data.held_out: {document.name} has the same text as the training document "
+                    f"{names[document.data]}; leave it out of data.source"
+                )
+        return found, held_out

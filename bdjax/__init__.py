@@ -7,6 +7,7 @@ from bdjax.config import (
     TrainConfig,
 )
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
 from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
@@ -34,6 +35,7 @@ __all__ = [
     "Alignment",
     "BlockSize",
     "CheckpointError",
+    "CosineDecay",
     "DataConfig",
     "DecoderConfig",
     "Dynamic",
@@ -52,6 +54,7 @@ __all__ = [
     "Remat",
     "Sequential",
     "Snapshot",
+    "StableDecay",
     "StandardLibrary",
     "Static",
     "TextFiles",

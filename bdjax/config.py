@@ -8,6 +8,7 @@ from bdjax import noise, objective
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig
 from bdjax.embedding import TokenEmbedding
+from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.model import DecoderConfig, Llama3Scaling
 from bdjax.objective import Objective
 from bdjax.optim import OptimConfig
@@ -242,6 +243,8 @@ _CLASSES = (
     StandardLibrary,
     TextFiles,
     OptimConfig,
+    StableDecay,
+    CosineDecay,
     MeshConfig,
     EvaluationConfig,
     WatchdogConfig,

@@ -5,7 +5,6 @@ every vector into a matrix.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,115 +15,109 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bdjax import sharding
+from bdjax.learning_rate import Decay, Schedule, StableDecay, learning_rate
 from bdjax.parameters import Parameter, Role, Table, map_table
-
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) for matrices, and the schedule.
 
-    The learning rate rises over the first `warmup_fraction` of the steps, stays at `peak_lr` and
-    falls from the fraction `decay_start` on, linearly, to `final_lr_fraction * peak_lr`.
-    `weight_decay` is multiplied by the learning rate and acts on Role.MATRIX alone: embeddings,
-    heads, norms and biases are never decayed. `clip_norm` bounds the global gradient norm;
+    The learning rate rises to `peak_lr` over the first `warmup_fraction` of the steps and falls to
+    `final_lr_fraction * peak_lr` as `decay` says. `weight_decay` is multiplied by the learning
+    rate and acts on the roles in `decayed`. `clip_norm` bounds the global gradient norm;
     `float("inf")` turns it off. With `muon`, matrices step by their orthogonalised momentum,
     scaled to AdamW's usual size (Liu et al. 2025, 0.2 RMS), so learning rates carry over.
+    `accumulate`: pieces that a batch is cut into, one after another, to save memory; the result is
+    the same. `ema_decay`: of the average of the weights that evaluation and sampling use, 0 for
+    none. A run stops after `max_skipped` non-finite gradients in a row.
 
     Raises ValueError for a number outside its range.
     """
 
     peak_lr: float = 1e-3
     warmup_fraction: float = 0.02
-    decay_start: float = 0.8
+    decay: Decay = StableDecay()
     final_lr_fraction: float = 0.1
     weight_decay: float = 0.1
+    decayed: tuple[Role, ...] = (Role.MATRIX,)
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     muon: bool = False
     muon_momentum: float = 0.95
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    max_skipped: int = 20
 
     def __post_init__(self):
-        for name in ("b1", "b2", "muon_momentum"):
+        for name in ("b1", "b2", "muon_momentum", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 <= x < 1", "0.95")
         for name, example in (("peak_lr", "1e-3"), ("clip_norm", "1.0"), ("eps", "1e-8")):
             self._check(name, getattr(self, name) > 0, "a number above 0", example)
         self._check("peak_lr", math.isfinite(self.peak_lr), "a finite number", "1e-3")
         self._check("weight_decay", self.weight_decay >= 0, "0 or more", "0.1")
-        for name in ("warmup_fraction", "decay_start", "final_lr_fraction"):
+        for name in ("warmup_fraction", "final_lr_fraction"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a fraction from 0 to 1", "0.1")
-        self._check(
-            "decay_start",
-            self.decay_start >= self.warmup_fraction,
-            f"at least warmup_fraction={self.warmup_fraction}",
-            str(self.warmup_fraction),
-        )
+        for name in ("accumulate", "max_skipped"):
+            self._check(name, getattr(self, name) >= 1, "at least 1", "1")
 
     def _check(self, name: str, holds: bool, expected: str, example: str):
         if not holds:
             raise ValueError(
-                f"{name}={getattr(self, name)} must be {expected}; type for example "
-                f"{name}={example}"
+                f"optim.{name}={getattr(self, name)} must be {expected}; type for example "
+                f"optim.{name}={example}"
             )
 
 
-def learning_rate(config: OptimConfig, total_steps: int) -> Schedule:
-    """The rate of step 0, 1, ..., total_steps - 1; later steps keep the final rate.
-
-    With W warm-up steps the first is peak / W, the W-th the peak (no step is spent at zero); the
-    decay starts from the peak at round(decay_start * total_steps) and would reach the final rate
-    at step `total_steps`. Raises ValueError for total_steps below 1.
-    """
-    if total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} must be at least 1")
-    warmup = max(1, round(config.warmup_fraction * total_steps))
-    start = max(round(config.decay_start * total_steps), warmup)
-    tail = max(1, total_steps - start)
-
-    def rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        rise = jnp.minimum((jnp.asarray(step, jnp.float32) + 1) / warmup, 1.0)
-        fall = jnp.clip((jnp.asarray(step, jnp.float32) - start) / tail, 0.0, 1.0)
-        return config.peak_lr * rise * (1 - (1 - config.final_lr_fraction) * fall)
-
-    return rate
-
-
 class OptimiserState(NamedTuple):
-    """`steps`: updates applied; `skipped`: updates refused for a non-finite gradient."""
+    """`steps`: updates applied; `skipped`: updates refused for a non-finite gradient, in all and
+    since the last one applied.
+    """
 
     steps: Int[Array, ""]
     skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
     inner: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimiser:
-    """A direction of unit learning rate, the rate, and the bound on the gradient's norm."""
+    """A direction of unit learning rate, the rate, and the bound on the gradient's norm.
+
+    `roles`: what each parameter is, in the order of the tree's leaves. `accumulate` and `ema_decay`
+    as in `OptimConfig`; `bdjax.train_step` reads them.
+    """
 
     direction: optax.GradientTransformation
     rate: Schedule
     clip_norm: float
+    roles: tuple[Role, ...]
+    accumulate: int = 1
+    ema_decay: float = 0.0
 
     def init(self, params) -> OptimiserState:
         """The state before the first step, sharded as `params`; works under `jax.eval_shape`."""
         zero = jnp.zeros((), jnp.int32)
-        return OptimiserState(zero, zero, self.direction.init(params))
+        return OptimiserState(zero, zero, zero, self.direction.init(params))
 
     def update(self, grads, state: OptimiserState, params) -> tuple[Any, OptimiserState, dict]:
         """(params, state, metrics) after one step; all three keep their shardings.
 
-        Metrics: `grad_norm` before clipping, `learning_rate`, `skipped_steps` so far. A gradient
-        that holds an inf or a NaN changes nothing but that count.
+        Metrics: `grad_norm` before clipping, `learning_rate`, `skipped_steps` so far and
+        `skipped_in_a_row`, and for each role `update_ratio/<role>`, the norm of the update over the
+        norm of the weights (0 while these are zero). A gradient that holds an inf or a NaN changes
+        nothing but the two counts.
         """
         if not sharding.has_mesh():
             return self._step(grads, state, params)
         # Newton-Schulz multiplies sharded by sharded axes, which explicit axes refuse: XLA
         # chooses the collectives in here, and the outputs come back as the inputs were.
         like = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, state))
-        scalars = dict.fromkeys(("grad_norm", "learning_rate", "skipped_steps"), PartitionSpec())
+        names = ["grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row"]
+        names += [f"update_ratio/{role.value}" for role in dict.fromkeys(self.roles)]
+        scalars = dict.fromkeys(names, PartitionSpec())
         step = jax.sharding.auto_axes(self._step, out_sharding=(*like, scalars))
         return step(grads, state, params)
 
@@ -137,11 +130,33 @@ class Optimiser:
         moved = jax.tree.map(lambda p, d: p - rate * d, params, direction)
 
         finite = jnp.isfinite(norm)
-        after = (moved, OptimiserState(state.steps + 1, state.skipped, inner))
-        before = (params, state._replace(skipped=state.skipped + 1))
+        zero = jnp.zeros((), jnp.int32)
+        after = (moved, OptimiserState(state.steps + 1, state.skipped, zero, inner))
+        refused = {"skipped": state.skipped + 1, "skipped_in_a_row": state.skipped_in_a_row + 1}
+        before = (params, state._replace(**refused))
+        ratios = self._update_ratios(jnp.where(finite, rate, 0.0), direction, params)
         params, state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
-        metrics = {"grad_norm": norm, "learning_rate": rate, "skipped_steps": state.skipped}
-        return params, state, metrics
+        metrics = {
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "skipped_steps": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return params, state, metrics | ratios
+
+    def _update_ratios(self, rate, direction, params) -> dict[str, Float[Array, ""]]:
+        pairs = zip(self.roles, jax.tree.leaves(direction), jax.tree.leaves(params), strict=True)
+        sums: dict[Role, tuple] = {}
+        for role, d, p in pairs:
+            moved, weight = sums.get(role, (0.0, 0.0))
+            sums[role] = (moved + jnp.sum(d * d), weight + jnp.sum(p * p))
+
+        def ratio(moved, weight):
+            some = (weight > 0) & (rate > 0)
+            # A refused direction may hold NaN: no rate, no ratio.
+            return jnp.where(some, rate * jnp.sqrt(moved / jnp.where(weight > 0, weight, 1.0)), 0.0)
+
+        return {f"update_ratio/{role.value}": ratio(*pair) for role, pair in sums.items()}
 
 
 def make_optimiser(config: OptimConfig, table: Table, total_steps: int) -> Optimiser:
@@ -150,11 +165,22 @@ def make_optimiser(config: OptimConfig, table: Table, total_steps: int) -> Optim
     rule = adam
     if config.muon:
         rule = optax.partition({True: _muon(config, table), False: adam}, _matrices(table))
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_matrices(table))
+    decayed = map_table(lambda p: p.role in config.decayed, table)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    rate = learning_rate(
+        config.decay,
+        peak=config.peak_lr,
+        warmup_fraction=config.warmup_fraction,
+        final_fraction=config.final_lr_fraction,
+        total_steps=total_steps,
+    )
     return Optimiser(
         direction=optax.chain(rule, decay),
-        rate=learning_rate(config, total_steps),
+        rate=rate,
         clip_norm=config.clip_norm,
+        roles=tuple(jax.tree.leaves(map_table(lambda p: p.role, table))),
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
     )
 
 

@@ -5,7 +5,7 @@ function writes the file `path`, of the kind that its suffix names, and raises I
 the command to type, when matplotlib is missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,55 @@ def loss_curve(
     low, high = (finite.min(), np.quantile(finite, 0.98)) if len(finite) else (0.0, 0.0)
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _save(figure, path)
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    *,
+    across: str,
+    up: str,
+    line: tuple[float, str] | None = None,
+) -> None:
+    """Named curves (x, y) in one picture, each labelled at its end; `line`: a level and its name.
+
+    Raises ValueError when there is no curve.
+    """
+    if not lines:
+        raise ValueError("no curve to draw; give at least one")
+    figure = _figure(7.2, 4.4)
+    axes = figure.add_subplot()
+
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"]
+    ends = []
+    for number, (name, (x, y)) in enumerate(lines.items()):
+        colour = colours(0.92 * number / max(1, len(lines) - 1))
+        axes.plot(x, y, color=colour, linewidth=1.6)
+        ends.append((y[-1], x[-1], name, colour))
+    values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
+    low, high = values.min(), np.quantile(values, 0.9)
+    if line is not None:
+        axes.axhline(line[0], color=INK, linewidth=1.0, linestyle=":")
+        axes.annotate(line[1], (0, line[0]), (4, -11), textcoords="offset points", color=INK)
+        low = min(low, line[0])
+    axes.set_ylim(low - 0.08 * (high - low), high)
+    # Labels of neighbouring ends keep a line's distance.
+    gap, place = 0.045 * (high - low), -np.inf
+    for y, x, name, colour in sorted(ends):
+        place = max(y, place + gap)
+        text = f"{name}  {y:.3f}"
+        axes.annotate(
+            text, (x, place), (6, 0), textcoords="offset points", va="center", color=colour
+        )
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -1,5 +1,7 @@
 """One update: corrupt -> block_step -> readout -> loss -> optimiser, in one jitted function."""
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,19 +9,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bdjax.loss import losses, total
-from bdjax.objective import Batch, Objective
+from bdjax.loss import Pair, row_losses, total
+from bdjax.objective import Batch, Objective, Row, build_row, corruptions, places_of
 from bdjax.optim import Optimiser, OptimiserState
 from bdjax.seeds import Purpose, key_for, row_keys
 from bdjax.step import Model
 
 
+class NonFiniteError(RuntimeError):
+    """Too many gradients in a row held an inf or a NaN; the text is a report."""
+
+
 class TrainState(NamedTuple):
-    """All arrays of a run. `step`: updates tried so far."""
+    """All arrays of a run. `step`: updates tried so far; `ema`: the weights' average, or None."""
 
     params: Any
     optimiser: OptimiserState
     step: Int[Array, ""]
+    ema: Any = None
+
+    @property
+    def averaged(self) -> Any:
+        """The weights that evaluation and sampling use."""
+        return self.params if self.ema is None else self.ema
 
 
 @partial(jax.jit, static_argnames=("objective", "model", "optimiser"), donate_argnames="state")
@@ -31,28 +43,127 @@ def train_step(
     batch: Batch,
     root: Key[Array, ""],
 ) -> tuple[TrainState, dict[str, Array]]:
-    """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step)."""
+    """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step).
+
+    Metrics: those of `Optimiser.update`, `loss` and its parts `loss_diffusion` and `loss_ar` (nats
+    per token), `block_size`, `tokens` (scored).
+    """
     size = objective.block_size.at(state.step)
     key = key_for(root, Purpose.CORRUPTION, state.step)
+    places = places_of(objective, batch, size)
+    row = build_row(objective, batch, size, corruptions(objective, batch, places, key))
     dropout = None
     if model.decoder.dropout > 0:
         own = key_for(root, Purpose.DROPOUT, state.step)
         dropout = row_keys(own, batch.segment.shape[0])
-
-    def loss_of(params):
-        parts = losses(objective, model, params, batch, size, key, dropout)
-        return total(objective, parts), parts
-
-    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    parts, grads = gradients(
+        objective, model, state.params, row, dropout, pieces=optimiser.accumulate
+    )
     params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
+    ema = state.ema
+    if ema is not None:
+        ema = _average(optimiser.ema_decay, ema, params, state.optimiser.steps, inner.steps)
+    loss = total(objective, parts)
     metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
     metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
     # The log takes floats: counts are exact up to 2^24 and close enough above.
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
-    return TrainState(params, inner, state.step + 1), metrics
+    return TrainState(params, inner, state.step + 1, ema), metrics
+
+
+def gradients(
+    objective: Objective,
+    model: Model,
+    params,
+    row: Row,
+    dropout: Key[Array, "B"] | None = None,
+    *,
+    pieces: int = 1,
+) -> tuple[dict[str, Pair], Any]:
+    """The parts of the loss on a row and the gradient of their total, `pieces` of it at a time.
+
+    Noise and counts are those of the whole batch, so the pieces' losses and gradients add up to
+    its own. Memory for activations is that of one piece.
+    """
+
+    def loss_of(params, row, dropout):
+        parts = row_losses(model, params, row, dropout)
+        return total(objective, parts), parts
+
+    slope = jax.value_and_grad(loss_of, has_aux=True)
+    if pieces == 1:
+        (_, parts), grads = slope(params, row, dropout)
+        return parts, grads
+
+    cut = jax.tree.map(lambda x: _cut(x, pieces), (row, dropout))
+    counts = {"diffusion": row.diffusion_count, "ar": row.ar_count}
+
+    def add(carry, number):
+        numerators, grads = carry
+        piece = jax.tree.map(lambda x: x if x.ndim == 0 else x[number], cut)
+        (_, parts), more = slope(params, *piece)
+        numerators = {name: numerators[name] + parts[name].numerator for name in parts}
+        return (numerators, jax.tree.map(jnp.add, grads, more)), None
+
+    names = [name for name in ("diffusion", "ar") if getattr(row, name) is not None]
+    start = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
+    (numerators, grads), _ = jax.lax.scan(add, start, jnp.arange(pieces))
+    return {name: Pair(numerators[name], counts[name]) for name in names}, grads
+
+
+def _cut(x: Array, pieces: int) -> Array:
+    """(B, ...) -> (pieces, B / pieces, ...): every piece takes rows of every device's share."""
+    if x.ndim == 0:
+        return x
+    return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
+
+
+def _average(decay: float, ema, params, before: Int[Array, ""], steps: Int[Array, ""]):
+    """ema + (1 - d) (params - ema) after the applied update number `steps`, if there was one.
+
+    d = min(decay, (1 + steps) / (10 + steps)): the first updates are not held back by the
+    initialisation.
+    """
+    now = steps.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + now) / (10 + now))
+    applied = steps > before
+    return jax.tree.map(lambda a, p: jnp.where(applied, a + share * (p - a), a), ema, params)
 
 
 def initial_state(seed: int, model: Model, optimiser: Optimiser) -> TrainState:
     """Fresh parameters and optimiser state on the mesh in force."""
     params = model.init(key_for(jax.random.key(seed), Purpose.INIT))
-    return TrainState(params, jax.jit(optimiser.init)(params), jnp.zeros((), jnp.int32))
+    # A copy: the step gives both trees' buffers away.
+    ema = jax.tree.map(jnp.copy, params) if optimiser.ema_decay > 0 else None
+    return TrainState(params, jax.jit(optimiser.init)(params), jnp.zeros((), jnp.int32), ema)
+
+
+class FiniteWatch:
+    """Stops a run whose gradients stay non-finite: feed it each step's values, in order."""
+
+    def __init__(self, max_skipped: int):
+        self._most = max_skipped
+        self._last: tuple[int, Mapping[str, float]] | None = None
+
+    def see(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises NonFiniteError with a report after `max_skipped` refused updates in a row."""
+        if values["skipped_in_a_row"] == 0:
+            self._last = (step, values)
+        if values["skipped_in_a_row"] < self._most:
+            return
+        wrong = [k for k, v in values.items() if k.startswith("loss") and not math.isfinite(v)]
+        where = f"{', '.join(wrong)} too" if wrong else "the losses are finite"
+        report = (
+            f"step {step}: the gradient held an inf or a NaN {self._most} steps in a row "
+            f"({where}); the weights are as they were before. "
+        )
+        if self._last is not None:
+            then, last = self._last
+            report += (
+                f"Last finite step {then}: loss {last['loss']:.4f}, gradient norm "
+                f"{last['grad_norm']:.3g}, learning rate {last['learning_rate']:.3g}. "
+            )
+        raise NonFiniteError(
+            report + f"Try optim.peak_lr={values['learning_rate'] / 2:.2g}, a longer "
+            "optim.warmup_fraction or model.dtype=float32, and --resume"
+        )

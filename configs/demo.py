@@ -12,6 +12,7 @@ from bdjax import (
     EvaluationConfig,
     OptimConfig,
     Remat,
+    StableDecay,
     TrainConfig,
     presets,
 )
@@ -42,7 +43,7 @@ def get_config() -> TrainConfig:
         optim=OptimConfig(
             peak_lr=0.006,
             warmup_fraction=0.03,
-            decay_start=0.4,
+            decay=StableDecay(start=0.4),
             final_lr_fraction=0.02,
             muon=True,
         ),

@@ -1,5 +1,6 @@
 """Roles decide the rule, the mesh decides nothing, and a bad gradient changes nothing."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from bdjax.optim import OptimConfig, learning_rate, make_optimiser
+from bdjax.learning_rate import CosineDecay, StableDecay
+from bdjax.optim import OptimConfig, make_optimiser
 from bdjax.parameters import Parameter, Role, map_table
 from bdjax.sharding import make_mesh, reshard
 
@@ -98,7 +100,7 @@ def test_only_matrices_decay(muon):
 
 def test_without_muon_it_is_optax_adamw():
     params, grads = parameters(), gradients()
-    config = OptimConfig(warmup_fraction=0.0, decay_start=1.0, clip_norm=0.5)
+    config = OptimConfig(warmup_fraction=0.0, decay=StableDecay(start=1.0), clip_norm=0.5)
     ours = train(params, grads, config, steps=3)[0]
     mask = map_table(lambda p: p.role is Role.MATRIX, TABLE)
     adamw = optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1, mask=mask)
@@ -136,7 +138,35 @@ def test_a_bad_gradient_changes_only_the_count(muon):
     after, state, metrics = train(params, bad, OptimConfig(muon=muon), steps=2)
     jax.tree.map(np.testing.assert_array_equal, after, params)
     assert (int(state.steps), int(state.skipped), int(metrics["skipped_steps"])) == (0, 2, 2)
+    assert int(metrics["skipped_in_a_row"]) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert all(metrics[f"update_ratio/{role.value}"] == 0 for role in (Role.MATRIX, Role.NORM))
+
+
+def test_update_ratios_are_norms_over_the_leaves_of_a_role():
+    params = parameters()
+    params["layers"]["bq"] = params["layers"]["bq"] * 0
+    config = OptimConfig(weight_decay=0.3, warmup_fraction=0.0)
+    after, _, metrics = train(params, gradients(), config)
+    roles = named(map_table(lambda p: p.role, TABLE))
+    for role in (Role.MATRIX, Role.NORM, Role.EMBEDDING):
+        inside = [name for name, own in roles.items() if own is role]
+        before, now = (
+            np.concatenate([np.asarray(named(tree)[name], np.float64).ravel() for name in inside])
+            for tree in (params, after)
+        )
+        wanted = np.linalg.norm(now - before) / np.linalg.norm(before)
+        assert float(metrics[f"update_ratio/{role.value}"]) == pytest.approx(wanted, rel=1e-4)
+    assert metrics["update_ratio/bias"] == 0
+
+
+def test_what_decays_is_a_matter_of_role():
+    params = parameters()
+    config = OptimConfig(decayed=(Role.NORM,), weight_decay=0.5, warmup_fraction=0.0)
+    plain = replace(config, weight_decay=0.0)
+    one, two = (named(train(params, gradients(), c)[0]) for c in (config, plain))
+    changed = {name for name in one if not np.array_equal(one[name], two[name])}
+    assert changed == {"final_norm", "layers/norm"}
 
 
 def test_zero_gradients_stay_finite():
@@ -147,12 +177,19 @@ def test_zero_gradients_stay_finite():
 
 
 def test_the_schedule_at_its_boundaries():
-    config = OptimConfig(peak_lr=2.0, warmup_fraction=0.1, decay_start=0.5, final_lr_fraction=0.25)
-    rate = learning_rate(config, 100)
+    config = OptimConfig(peak_lr=2.0, warmup_fraction=0.1, final_lr_fraction=0.25)
+    flat = replace(config, decay=StableDecay(start=0.5))
+    rate = make_optimiser(flat, TABLE, 100).rate
     wanted = {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 50: 2.0, 75: 1.25, 100: 0.5, 1000: 0.5}
     for step, value in wanted.items():
         assert float(rate(step)) == pytest.approx(value), step
-    assert float(learning_rate(config, 1)(0)) == 2.0
+    assert float(make_optimiser(flat, TABLE, 1).rate(0)) == 2.0
+    # Half a cosine: halfway down in the middle of what follows the warm-up.
+    rate = make_optimiser(replace(config, decay=CosineDecay()), TABLE, 100).rate
+    quarter = 2 - 1.5 * (1 - np.cos(np.pi / 3)) / 2
+    wanted = {0: 0.2, 9: 2.0, 10: 2.0, 40: quarter, 55: 1.25, 100: 0.5, 1000: 0.5}
+    for step, value in wanted.items():
+        assert float(rate(step)) == pytest.approx(value), step
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -176,9 +213,11 @@ def test_a_quadratic_converges(muon):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("peak_lr", 0.0), ("b2", 1.0), ("warmup_fraction", 1.5), ("decay_start", 0.01),
+    [("peak_lr", 0.0), ("b2", 1.0), ("warmup_fraction", 1.5), ("accumulate", 0),
      ("weight_decay", -1.0), ("clip_norm", 0.0), ("peak_lr", float("nan"))],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value} must be .*type for example {field}="):
+    with pytest.raises(
+        ValueError, match=f"optim.{field}={value} must be .*type for example optim.{field}="
+    ):
         OptimConfig(**{field: value})

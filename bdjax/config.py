@@ -155,11 +155,11 @@ class TrainConfig:
                 f"objective.process.mask_id={mask_id} is not the tokenizer's mask token; "
                 f"type objective.process.mask_id={self.tokenizer.mask_id}"
             )
-        shards = self.mesh.data * self.mesh.fsdp
+        shards = self.mesh.data * self.mesh.fsdp * self.optim.accumulate
         if self.data.batch_size % shards:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} cannot be split over mesh.data x "
-                f"mesh.fsdp = {shards} devices; type data.batch_size="
+                f"mesh.fsdp x optim.accumulate = {shards} equal parts; type data.batch_size="
                 f"{-(-self.data.batch_size // shards) * shards}"
             )
         sizes = {

@@ -105,7 +105,7 @@ def train(
         agreed = Agreement(jax.sharding.get_mesh())
 
         def language_model() -> LanguageModel:
-            return LanguageModel(config=config, model=model, params=state.params)
+            return LanguageModel(config=config, model=model, params=state.averaged)
 
         def save():
             # What the log says of these steps is on the disk before the checkpoint is.

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # needs a place here.
 LAYERS = (
     # Leaves: nothing of bdjax.
-    ("chips", "corpus", "display", "distributed", "hlo", "interrupts", "learning_rate")
-    + ("manifest", "metrics", "ngram", "overrides", "plots", "sharding", "stats", "tokenizer", "watchdog"),
+    ("chips", "corpus", "display", "distributed", "hlo", "interrupts", "learning_rate", "manifest")
+    + ("metrics", "ngram", "overrides", "plots", "sharding", "stats", "tokenizer", "watchdog"),
     ("attention", "checkpoint", "data", "layout", "parameters", "policies", "seeds"),
     ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),

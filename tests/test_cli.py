@@ -135,7 +135,7 @@ def test_bad_usage_exits_with_2(cli, line):
         ("objective.process.mask_id=3", "type objective.process.mask_id=258"),
         ("evaluation.every=-1", "evaluation.every=-1 .* type evaluation.every=0"),
         ("evaluation.tokens=0", "evaluation.tokens=0 must be at least 1; type evaluation.tokens="),
-        ("optim.peak_lr=nan", "peak_lr=nan must be a number above 0; type .* peak_lr="),
+        ("optim.peak_lr=nan", "optim.peak_lr=nan must be a number above 0; type .* optim.peak_lr="),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_when_it_is_built(cli, override, words, home):

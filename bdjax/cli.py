@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run", help="folder of the run (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
+    train.add_argument(
+        "--profile", metavar="FIRST:LAST", help="write a profiler trace of these steps, as in 20:25"
+    )
     train.add_argument("--print-config", action="store_true", help="show the result and stop")
 
     plan = command("plan", _PLAN)
@@ -194,9 +197,19 @@ def _train(args) -> int:
     if args.print_config:
         print(bdjax.to_text(config))
         return 0
-    result = bdjax.train(config, args.run or f"runs/{config.name}", resume=args.resume)
+    directory = args.run or f"runs/{config.name}"
+    window = None if args.profile is None else _window(args.profile)
+    result = bdjax.train(config, directory, resume=args.resume, profile=window)
     print(f"step {result.steps}/{config.steps}, run in {result.directory}")
     return 130 if result.signal == signal.SIGINT else 0
+
+
+def _window(text: str) -> tuple[int, int]:
+    """First and last step of "20:25"."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--profile {text!r} is not FIRST:LAST; type --profile 20:25")
+    return int(first), int(last)
 
 
 def _blanks(tokenizer, text: str, blank: str) -> list[int | None]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from bdjax.levels import by_noise_level
 from bdjax.objective import (
     Batch,
     Objective,
@@ -16,15 +17,19 @@ from bdjax.objective import (
 )
 from bdjax.step import Model, block_step
 
+# Scored tokens, nats and weighted nats in ten bins of the noise level, each over the same count as
+# the diffusion loss: the bins of the last add up to it.
+NOISE_LEVELS = ("by_noise_tokens", "by_noise_nll", "by_noise_bound")
+
 
 class Pair(NamedTuple):
     """A loss as numerator and denominator; divide only after summing over everything."""
 
-    numerator: Float[Array, ""]
+    numerator: Float[Array, "*n"]
     denominator: Float[Array, ""]
 
     @property
-    def mean(self) -> Float[Array, ""]:
+    def mean(self) -> Float[Array, "*n"]:
         """Numerator / denominator, 0 when nothing was counted."""
         return self.numerator / jnp.maximum(self.denominator, 1.0)
 
@@ -47,7 +52,22 @@ def row_losses(
     model: Model, params, row: Row, dropout: Key[Array, "B"] | None = None
 ) -> dict[str, Pair]:
     """The parts on one row, if trained: "diffusion" (nats of bound) and "ar" (nats)."""
+    return _parts(row, *token_losses(model, params, row, dropout))
+
+
+def watched_losses(
+    model: Model, params, row: Row, dropout: Key[Array, "B"] | None = None
+) -> dict[str, Pair]:
+    """`row_losses` and, with the diffusion, `NOISE_LEVELS`, which `total` ignores."""
     diffusion, ar = token_losses(model, params, row, dropout)
+    parts = _parts(row, diffusion, ar)
+    if diffusion is not None:
+        for name, sums in zip(NOISE_LEVELS, by_noise_level(row, diffusion), strict=True):
+            parts[name] = Pair(sums, row.diffusion_count)
+    return parts
+
+
+def _parts(row: Row, diffusion, ar) -> dict[str, Pair]:
     parts = {}
     if diffusion is not None:
         parts["diffusion"] = Pair((row.diffusion.weight * diffusion).sum(), row.diffusion_count)

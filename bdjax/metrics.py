@@ -21,7 +21,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
-Scalars = Mapping[str, Float[Array, ""] | Float[np.ndarray, ""] | float | int]
+Scalars = Mapping[str, Float[Array, "*n"] | Float[np.ndarray, "*n"] | float | int]
+Derive = Callable[[int, Mapping[str, float]], Mapping[str, float]]
 
 
 LOG = "metrics.jsonl"
@@ -56,11 +57,15 @@ def _step_of(line: str) -> int | float:
 class Writer:
     """Writes scalars to `directory` (TensorBoard events and metrics.jsonl) and to `history`.
 
-    Without a directory, and on every process but the first, only the history is kept. Use as a
-    context manager: leaving it writes the last step.
+    Sums by noise level (`bdjax.loss.NOISE_LEVELS`) become curves: lists in metrics.jsonl, null
+    where a step had no such block, and bars in TensorBoard. `derive` makes further numbers of a
+    step, from the clock say: they go to TensorBoard and are returned, but what differs from run to
+    run is in neither history nor metrics.jsonl. Without a directory, and on every process but the
+    first, only the history is kept. Use as a context manager: leaving it writes the last step.
     """
 
-    def __init__(self, directory: str | Path | None = None):
+    def __init__(self, directory: str | Path | None = None, derive: Derive = lambda *_: {}):
+        self._derive = derive
         self.history: list[tuple[int, dict[str, float]]] = []
         self._held: tuple[int, Scalars] | None = None
         self._events = self._lines = None
@@ -112,13 +117,48 @@ class Writer:
             return None
         step, scalars = self._held
         self._held = None
-        values = {name: float(value) for name, value in jax.device_get(dict(scalars)).items()}
+        found = jax.device_get(dict(scalars))
+        values = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
         self.history.append((step, values))
+        shown = values | self._derive(step, values)
         if self._events is not None:
-            for name, value in values.items():
+            curves = noise_curves(found)
+            for name, value in shown.items():
                 self._events.add_scalar(name, value, step)
-            self._lines.write(json.dumps({"step": step} | values) + "\n")
-        return step, values
+            for name, curve in curves.items():
+                self._add_bars(name, curve, step)
+            self._lines.write(json.dumps({"step": step} | values | curves) + "\n")
+        return step, shown
+
+    def _add_bars(self, name: str, curve: list[float | None], step: int) -> None:
+        """A histogram whose bars are as high as the curve, on (0, 1]."""
+        heights = [0.0 if y is None or not math.isfinite(y) else y for y in curve]
+        edges = [(i + 1) / len(curve) for i in range(len(curve))]
+        area = sum(heights)
+        moments = [sum(h * e**n for h, e in zip(heights, edges, strict=True)) for n in (1, 2)]
+        self._events.add_histogram_raw(
+            name, 0.0, 1.0, area, *moments, edges, heights, global_step=step
+        )
+
+
+def noise_curves(found: Mapping) -> dict[str, list[float | None]]:
+    """Nats, weighted nats per scored token and scored tokens per counted one, by noise level.
+
+    From the sums that `bdjax.loss` makes; None where no token was scored. Empty without them.
+    """
+    names = [f"loss_by_noise_{name}" for name in ("tokens", "nll", "bound")]
+    if names[0] not in found:
+        return {}
+    tokens, nll, bound = (np.asarray(found[name], np.float64).tolist() for name in names)
+
+    def mean(sums):
+        return [x / n if n > 0 else None for x, n in zip(sums, tokens, strict=True)]
+
+    return {
+        "nll_by_noise_level": mean(nll),
+        "bound_by_noise_level": mean(bound),
+        "tokens_by_noise_level": tokens,
+    }
 
 
 class Progress:
@@ -165,7 +205,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, *, loss: float, tokens: int) -> None:
+    def update(self, step: int, *, loss: float, tokens: int, mfu: float | None = None) -> None:
         """`step` steps are done, the last with this loss (nats per token) and this many tokens.
 
         Speed and time left count from the first call on: the first step also compiles.
@@ -178,6 +218,7 @@ class Progress:
         passed = now - self._start
         speed = self._tokens / passed if passed > 0 else 0.0
         said = f"loss {loss:.4f}  {_short(speed)} tokens/s"
+        said += "" if mfu is None else f"  {mfu:.1%} MFU"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, said=said)
             return

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bdjax.loss import Pair, row_losses, total
+from bdjax.levels import BINS
+from bdjax.loss import NOISE_LEVELS, Pair, total, watched_losses
 from bdjax.objective import Batch, Objective, Row, build_row, corruptions, places_of
 from bdjax.optim import Optimiser, OptimiserState
 from bdjax.seeds import Purpose, key_for, row_keys
@@ -46,7 +47,7 @@ def train_step(
     """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step).
 
     Metrics: those of `Optimiser.update`, `loss` and its parts `loss_diffusion` and `loss_ar` (nats
-    per token), `block_size`, `tokens` (scored).
+    per token), `loss_by_noise_*` (`bdjax.loss.NOISE_LEVELS`), `block_size`, `tokens` (scored).
     """
     size = objective.block_size.at(state.step)
     key = key_for(root, Purpose.CORRUPTION, state.step)
@@ -87,7 +88,7 @@ def gradients(
     """
 
     def loss_of(params, row, dropout):
-        parts = row_losses(model, params, row, dropout)
+        parts = watched_losses(model, params, row, dropout)
         return total(objective, parts), parts
 
     slope = jax.value_and_grad(loss_of, has_aux=True)
@@ -97,6 +98,7 @@ def gradients(
 
     cut = jax.tree.map(lambda x: _cut(x, pieces), (row, dropout))
     counts = {"diffusion": row.diffusion_count, "ar": row.ar_count}
+    counts |= dict.fromkeys(NOISE_LEVELS, row.diffusion_count)
 
     def add(carry, number):
         numerators, grads = carry
@@ -106,9 +108,12 @@ def gradients(
         return (numerators, jax.tree.map(jnp.add, grads, more)), None
 
     names = [name for name in ("diffusion", "ar") if getattr(row, name) is not None]
-    start = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
+    zeros = {name: jnp.zeros(()) for name in names}
+    if row.diffusion is not None:
+        zeros |= {name: jnp.zeros((BINS,)) for name in NOISE_LEVELS}
+    start = (zeros, jax.tree.map(jnp.zeros_like, params))
     (numerators, grads), _ = jax.lax.scan(add, start, jnp.arange(pieces))
-    return {name: Pair(numerators[name], counts[name]) for name in names}, grads
+    return {name: Pair(n, counts[name]) for name, n in numerators.items()}, grads
 
 
 def _cut(x: Array, pieces: int) -> Array:

@@ -24,6 +24,7 @@ from bdjax.interrupts import Interrupts
 from bdjax.metrics import Progress, Writer, cut_log
 from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
+from bdjax.speed import Profile, Speed, speed_of
 from bdjax.train_step import TrainState, initial_state, train_step
 from bdjax.watchdog import Watchdog
 
@@ -48,6 +49,7 @@ def train(
     directory: str | Path,
     *,
     resume: bool = False,
+    profile: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Trains `config` into `directory`: checkpoints, metrics.jsonl and TensorBoard events.
@@ -56,7 +58,7 @@ def train(
     stopped; when there is none, from the start. Ctrl-C or SIGTERM writes a checkpoint and returns
     with `interrupted`. Of several processes (`start_processes`) the first writes and says what
     there is to say. A save for which the disk has no room is a warning, and the next one tries
-    again.
+    again. profile: first and last step of a profiler trace in the folder "profile".
 
     Raises FileExistsError when the folder holds a run and `resume` is not asked for, ValueError
     when it holds another config (how a run is watched, saved and spread over devices may change),
@@ -102,6 +104,7 @@ def train(
         step = partial(train_step, config.objective, model, optimiser)
         done, asked = begin, 0
         saves = _Saves(kept, to_json(config), begin if saved else -1)
+        speed = speed_of(config, model)
         agreed = Agreement(jax.sharding.get_mesh())
 
         def language_model() -> LanguageModel:
@@ -115,17 +118,22 @@ def train(
         def show(late):
             if late is not None:
                 values = late[1]
-                progress.update(late[0], loss=values["loss"], tokens=int(values["tokens"]))
+                tokens, mfu = int(values["tokens"]), values.get("mfu")
+                progress.update(late[0], loss=values["loss"], tokens=tokens, mfu=mfu)
 
         with (
             _naming(directory),
             Interrupts() as interrupts,
             Watchdog(config.watchdog, directory) as watchdog,
-            _log(directory, begin) as writer,
+            _log(directory, begin, speed) as writer,
+            Profile(profile, directory / "profile", say) as profiler,
             _progress(config.steps) as progress,
         ):
             while done < config.steps and not asked:
-                state, metrics = step(state, likelihood.to_device(next(data)), root)
+                rows = next(data)
+                speed.hand(done + 1, rows["segment"])
+                batch = likelihood.to_device(rows)
+                state, metrics = profiler.step(done + 1, step, state, batch, root)
                 done += 1
                 show(writer.write(done, metrics))
                 asked = agreed(interrupts.asked)
@@ -138,6 +146,7 @@ def train(
                     say(f"step {done}: {report}")
                     say(_sample(language_model(), config, writer, done))
                     watchdog.alive(done)
+                    speed.restart()
                 if done % config.checkpoint_every == 0:
                     save()
             watchdog.alive(done, compiling=True)
@@ -202,10 +211,10 @@ def _naming(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _log(directory: Path, begin: int) -> Writer:
+def _log(directory: Path, begin: int, speed: Speed) -> Writer:
     """The log, in which every step stands once: those after `begin` will be run again."""
     cut_log(directory, begin)
-    return Writer(directory)
+    return Writer(directory, derive=speed)
 
 
 def _progress(steps: int) -> Progress:

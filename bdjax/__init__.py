@@ -25,6 +25,7 @@ from bdjax.policies import (
     Threshold,
 )
 from bdjax.sources import DataConfig, StandardLibrary, TextFiles
+from bdjax.train_step import NonFiniteError
 from bdjax.trainer import TrainResult, train
 from bdjax.trainer import evaluate_model as evaluate
 
@@ -46,6 +47,7 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "MeshConfig",
+    "NonFiniteError",
     "Objective",
     "OptimConfig",
     "Plan",

@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(args)
-    except (ValueError, OSError, bdjax.CheckpointError) as error:
+    except (ValueError, OSError, bdjax.CheckpointError, bdjax.NonFiniteError) as error:
         # The text may quote a checkpoint that somebody else wrote.
         print(f"bdjax: {clean_text(str(error))}", file=sys.stderr)
         return 1

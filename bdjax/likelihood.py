@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +47,15 @@ class Evaluation:
     bytes: int
     diffusion: Likelihood | None
     ar: Likelihood | None
+
+    def scalars(self) -> dict[str, float]:
+        """Means and their standard errors by name, as in "evaluation/diffusion_bits_per_byte"."""
+        return {
+            f"evaluation/{part}_{name}": value
+            for part in ("diffusion", "ar")
+            if getattr(self, part) is not None
+            for name, value in asdict(getattr(self, part)).items()
+        }
 
     def __str__(self):
         how = "exact" if self.exact else f"{self.draws} draw(s) per row"

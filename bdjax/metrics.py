@@ -97,6 +97,12 @@ class Writer:
         self._held = (step, scalars)
         return written
 
+    def add(self, scalars: Scalars) -> None:
+        """Adds to the step that is held, what an evaluation after it found say."""
+        if self._held is not None:
+            step, held = self._held
+            self._held = (step, {**held, **scalars})
+
     def flush(self) -> tuple[int, dict[str, float]] | None:
         """Writes the step still held, waiting for it, and returns it; None when none is held."""
         written = self._write_held()

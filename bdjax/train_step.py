@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from bdjax.levels import BINS
 from bdjax.loss import NOISE_LEVELS, Pair, total, watched_losses
 from bdjax.objective import Batch, Objective, Row, build_row, corruptions, places_of
-from bdjax.optim import Optimiser, OptimiserState
+from bdjax.optim import OptimConfig, Optimiser, OptimiserState
 from bdjax.seeds import Purpose, key_for, row_keys
 from bdjax.step import Model
 
@@ -146,8 +146,9 @@ def initial_state(seed: int, model: Model, optimiser: Optimiser) -> TrainState:
 class FiniteWatch:
     """Stops a run whose gradients stay non-finite: feed it each step's values, in order."""
 
-    def __init__(self, max_skipped: int):
-        self._most = max_skipped
+    def __init__(self, config: OptimConfig):
+        self._config = config
+        self._most = config.max_skipped
         self._last: tuple[int, Mapping[str, float]] | None = None
 
     def see(self, step: int, values: Mapping[str, float]) -> None:
@@ -169,6 +170,7 @@ class FiniteWatch:
                 f"{last['grad_norm']:.3g}, learning rate {last['learning_rate']:.3g}. "
             )
         raise NonFiniteError(
-            report + f"Try optim.peak_lr={values['learning_rate'] / 2:.2g}, a longer "
-            "optim.warmup_fraction or model.dtype=float32, and --resume"
+            report + f"Start again with a lower optim.peak_lr={self._config.peak_lr / 2:.2g}, "
+            f"optim.clip_norm={min(self._config.clip_norm, 1.0) / 2:.2g}, a longer "
+            "optim.warmup_fraction or model.dtype=float32; the last checkpoint is whole"
         )

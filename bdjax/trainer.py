@@ -25,7 +25,7 @@ from bdjax.metrics import Progress, Writer, cut_log
 from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
 from bdjax.speed import Profile, Speed, speed_of
-from bdjax.train_step import TrainState, initial_state, train_step
+from bdjax.train_step import FiniteWatch, TrainState, initial_state, train_step
 from bdjax.watchdog import Watchdog
 
 # What may change on the way: none of it changes a number beyond rounding.
@@ -63,7 +63,8 @@ def train(
     Raises FileExistsError when the folder holds a run and `resume` is not asked for, ValueError
     when it holds another config (how a run is watched, saved and spread over devices may change),
     CheckpointError for torn or foreign checkpoints and when the last save fails, OSError naming the
-    folder when the log has no room, PeerError when the other processes do not come.
+    folder when the log has no room, PeerError when the other processes do not come, NonFiniteError
+    when gradients stay non-finite.
     """
     directory = Path(directory)
     say = say if jax.process_index() == 0 else _silent
@@ -106,6 +107,7 @@ def train(
         saves = _Saves(kept, to_json(config), begin if saved else -1)
         speed = speed_of(config, model)
         agreed = Agreement(jax.sharding.get_mesh())
+        finite = FiniteWatch(config.optim)
 
         def language_model() -> LanguageModel:
             return LanguageModel(config=config, model=model, params=state.averaged)
@@ -118,6 +120,7 @@ def train(
         def show(late):
             if late is not None:
                 values = late[1]
+                finite.see(late[0], values)
                 tokens, mfu = int(values["tokens"]), values.get("mfu")
                 progress.update(late[0], loss=values["loss"], tokens=tokens, mfu=mfu)
 
@@ -142,6 +145,7 @@ def train(
                 if _due(config, done):
                     watchdog.alive(done, compiling=True)
                     report = evaluate_model(language_model(), held_out, config.evaluation.batches)
+                    writer.add(report.scalars())
                     writer.write_text(done, "evaluation", str(report))
                     say(f"step {done}: {report}")
                     say(_sample(language_model(), config, writer, done))

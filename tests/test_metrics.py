@@ -21,6 +21,15 @@ def test_values_are_read_when_the_next_step_arrives():
     assert writer.flush() is None
 
 
+def test_what_is_added_belongs_to_the_step_that_is_held():
+    with Writer(None) as writer:
+        writer.add({"evaluation/bits": 3.0})
+        writer.write(1, {"loss": jnp.asarray(2.0)})
+        writer.add({"evaluation/bits": 1.5})
+        writer.write(2, {"loss": jnp.asarray(1.0)})
+    assert writer.history == [(1, {"loss": 2.0, "evaluation/bits": 1.5}), (2, {"loss": 1.0})]
+
+
 def test_files_hold_every_step_once(tmp_path):
     with Writer(tmp_path / "run") as writer:
         for step in range(3):

@@ -127,7 +127,7 @@ def test_the_watch_reports_after_so_many_in_a_row_and_not_before():
             "learning_rate": 0.01,
         }
 
-    watch = FiniteWatch(3)
+    watch = FiniteWatch(OptimConfig(max_skipped=3, peak_lr=0.01))
     for step, skipped in enumerate([0, 1, 2, 0, 1, 2]):
         watch.see(step, values(skipped, 1.5 if skipped == 0 else float("nan")))
     with pytest.raises(NonFiniteError, match=r"step 6: .*3 steps in a row \(loss too\).*"

@@ -31,7 +31,7 @@ from bdjax.checkpoint import Checkpoints
 from bdjax.metrics import cut_log
 from bdjax.optim import make_optimiser
 from bdjax.tokenizer import ByteTokenizer
-from bdjax.train_step import initial_state
+from bdjax.train_step import NonFiniteError, initial_state
 from bdjax.watchdog import WatchdogConfig
 
 STEPS, HALF, CAUGHT = 8, 4, 3
@@ -253,6 +253,14 @@ def test_evaluation_on_the_way_changes_nothing_and_drives_no_terminal(config, st
     assert len(said) == 3 and "diffusion bound" in said[1]
     assert said[2].startswith("the") and "\x1b" not in said[2] and "\x07" not in said[2]
     assert_same_end(config, run, straight)
+
+
+def test_gradients_that_stay_non_finite_end_the_run_and_leave_its_checkpoint(config, tmp_path):
+    hurt = replace(config, model=replace(config.model, norm_eps=float("nan")))
+    hurt = replace(hurt, optim=replace(hurt.optim, max_skipped=2), checkpoint_every=1)
+    with pytest.raises(NonFiniteError, match="step 2: .*2 steps in a row"):
+        train(hurt, tmp_path / "run", say=quiet)
+    assert (tmp_path / "run" / "checkpoints" / "1" / "bdjax.json").exists()
 
 
 def test_resuming_nothing_says_so(config, tmp_path):

@@ -6,6 +6,7 @@ from bdjax.config import (
     MeshConfig,
     TrainConfig,
 )
+from bdjax.distributed import PeerError, start_processes
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
@@ -51,6 +52,7 @@ __all__ = [
     "Objective",
     "OptimConfig",
     "Plan",
+    "PeerError",
     "Policy",
     "RandomOne",
     "Remat",
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "load_config",
     "make_plan",
+    "start_processes",
     "to_text",
     "train",
 ]

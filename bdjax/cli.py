@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -22,6 +24,7 @@ Train a config file into a folder.
 
 example:
   bdjax train configs/demo.py --run runs/demo optim.peak_lr=0.01 steps=500
+  bdjax train configs/demo.py mesh.data=2 --process-id 0 --process-count 2 --coordinator host:7777
 """
 _PLAN = """\
 Compile the train step for chips that are not here; say what it needs and whether it fits.
@@ -70,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--profile", metavar="FIRST:LAST", help="write a profiler trace of these steps, as in 20:25"
     )
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, found by themselves on TPU pods, Slurm and Kubernetes",
+    )
+    train.add_argument("--process-id", type=int, help="which of several processes this one is")
+    train.add_argument("--process-count", type=int, help="how many there are")
+    train.add_argument("--coordinator", help="HOST:PORT of process 0")
     train.add_argument("--print-config", action="store_true", help="show the result and stop")
 
     plan = command("plan", _PLAN)
@@ -197,10 +208,19 @@ def _train(args) -> int:
     if args.print_config:
         print(bdjax.to_text(config))
         return 0
+    given = (args.process_id, args.process_count, args.coordinator)
+    if args.distributed or any(value is not None for value in given):
+        bdjax.start_processes(
+            process_id=args.process_id,
+            process_count=args.process_count,
+            coordinator=args.coordinator,
+            heartbeat_seconds=config.mesh.heartbeat_seconds,
+        )
     directory = args.run or f"runs/{config.name}"
     window = None if args.profile is None else _window(args.profile)
     result = bdjax.train(config, directory, resume=args.resume, profile=window)
-    print(f"step {result.steps}/{config.steps}, run in {result.directory}")
+    if jax.process_index() == 0:
+        print(f"step {result.steps}/{config.steps}, run in {result.directory}")
     return 130 if result.signal == signal.SIGINT else 0
 
 
@@ -338,6 +358,10 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"bdjax: warning: {clean_text(str(message))}", file=sys.stderr)
 
 
+# Errors of ours whose text says what to do.
+_TOLD = (bdjax.CheckpointError, bdjax.NonFiniteError, bdjax.PeerError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a clear error, 2 bad usage, 130 interrupted."""
     parser = _parser()
@@ -354,13 +378,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(args)
-    except (ValueError, OSError, bdjax.CheckpointError, bdjax.NonFiniteError) as error:
+    except (ValueError, OSError, *_TOLD) as error:
         # The text may quote a checkpoint that somebody else wrote.
         print(f"bdjax: {clean_text(str(error))}", file=sys.stderr)
-        return 1
+        return _leave(1)
     except KeyboardInterrupt:
         print("bdjax: interrupted", file=sys.stderr)
-        return 130
+        return _leave(130)
+
+
+def _leave(code: int) -> int:
+    """The exit code; one of several processes goes at once, for at exit JAX waits for the others."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ class Peers:
             if _from_a_device(error):
                 # A peer's death looks like this in a collective; the watch finds out whose.
                 self._over.wait(1.5 * self._seconds + 2 * self._pause)
+            # From here on this process speaks for itself.
+            self._over.set()
             self._tell(jax.process_index(), f"ended with: {error or kind.__name__}")
             # Process 0 takes the service with it: the others must have read this.
             time.sleep(3 * self._pause)

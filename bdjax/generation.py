@@ -174,7 +174,7 @@ def _run(sampler: Sampler, params, state: State, watched: bool) -> Iterator[Stat
     if not watched:
         yield advance(sampler, params, state, UNLIMITED)
         return
-    while not np.asarray(state.done).all():
+    while not sharding.to_host(state.done).all():
         state = advance(sampler, params, state, 1)
         yield state
 
@@ -243,14 +243,14 @@ def _per_row(rows: int):
 
 def _snapshot(state: State) -> Snapshot:
     fields = (state.events, state.filled, state.limit, state.prompt)
-    return Snapshot(*(np.asarray(x) for x in fields))
+    return Snapshot(*(sharding.to_host(x) for x in fields))
 
 
 def _result(config: TrainConfig, state: State, number: int, ends: list[int]) -> Generation:
     """The row from its prompt's end up to the first stop token or its limit."""
 
     def row(x):
-        return np.asarray(x)[number]
+        return sharding.to_host(x)[number]
 
     begin, limit = int(row(state.prompt)), int(row(state.limit))
     tokens = row(state.events)[begin:limit]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
 from bdjax.data import RowBatch
@@ -17,7 +16,7 @@ from bdjax.loss import token_losses
 from bdjax.noise import ExactCount
 from bdjax.objective import Batch, Objective, build_row, corruptions, places_of
 from bdjax.seeds import Purpose, key_for
-from bdjax.sharding import has_mesh, spec
+from bdjax.sharding import from_host, own_rows, reshard, spec
 from bdjax.step import Model
 
 # 2^B - 1 forwards give the exact bound of blocks of B tokens.
@@ -79,13 +78,17 @@ class RowSums(NamedTuple):
     bytes: Int[Array, "B"]
 
 
-def to_device(batch: RowBatch) -> Batch:
-    """The arrays of a host batch, split over the mesh in force."""
-    fields = (batch[name] for name in Batch._fields)
-    if not has_mesh():
-        return Batch(*map(jnp.asarray, fields))
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in fields))
+def to_device(batch: RowBatch, rows: int | None = None) -> Batch:
+    """The arrays of a host batch, split over the mesh in force.
+
+    Of `rows` rows in all, the batch holds those of this process (`sharding.own_rows`); without
+    `rows` it holds all of them, the same in every process.
+    """
+    if rows is None:
+        rows = len(batch["tokens"])
+        own = own_rows(rows)
+        batch = {name: x[own] for name, x in batch.items()}
+    return Batch(*(from_host(batch[name], rows, "batch", "length") for name in Batch._fields))
 
 
 @partial(jax.jit, static_argnames=("objective", "model"))
@@ -114,12 +117,14 @@ def evaluate_batch(
     size_of = token_bytes.at[batch.tokens]
     sizes = size_of.get(mode="clip", out_sharding=spec("batch", "length"))
     counted = jnp.where(batch.trainable, sizes, 0)
-    return RowSums(
+    sums = RowSums(
         zero if diffusion is None else (row.diffusion.weight * diffusion).sum(axis=1),
         zero if ar is None else (row.ar.weight * ar).sum(axis=1),
         batch.trainable.sum(axis=1),
         counted.sum(axis=1),
     )
+    # Every process reads all rows.
+    return jax.tree.map(lambda x: reshard(x, None), sums)
 
 
 def scoring(objective: Objective) -> Objective:

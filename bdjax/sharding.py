@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -92,6 +94,39 @@ def mesh_axes(meaning: str) -> tuple[str, ...]:
 def reshard(x: jax.Array, *meanings: str | None) -> jax.Array:
     """x laid out as `meanings` says; x itself without a mesh."""
     return jax.reshard(x, spec(*meanings)) if has_mesh() else x
+
+
+def own_rows(rows: int) -> list[int]:
+    """Which of `rows` global rows this process's devices hold, rising: all of them without a mesh.
+
+    Several processes may hold the same rows, where a tensor axis spans them.
+    """
+    if not has_mesh():
+        return list(range(rows))
+    places = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+    slices = places.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(rows))})
+
+
+def from_host(x: np.ndarray, rows: int, *meanings: str | None) -> jax.Array:
+    """The global array of `rows` rows of which `x` holds `own_rows(rows)`, in their order."""
+    if not has_mesh():
+        return jnp.asarray(x)
+    places = NamedSharding(jax.sharding.get_mesh(), spec(*meanings))
+    own = own_rows(rows)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        return x[own.index(start) :][: stop - start]
+
+    return jax.make_array_from_callback((rows, *x.shape[1:]), places, part)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """All of a global array, in every process: all of them call this together."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def per_shard(function: Callable, in_specs, out_specs) -> Callable:

@@ -9,11 +9,14 @@
 Nothing in a checkpoint is executed.
 """
 
+import contextlib
 import json
 import logging
+import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from bdjax.manifest import CheckpointError, Condition, TornCheckpointError, cond
 
 # What Orbax and the system call a disk, a quota or a file limit that is used up.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+# Seconds between two looks at whether a second Ctrl-C has come.
+_LOOK = 0.5
 
 
 class NoSpaceError(CheckpointError):
@@ -52,9 +58,10 @@ class Checkpoints:
         self._failed: CheckpointError | None = None
         self._damaged: list[Path] = []
         self._calls = 0
+        self._quiet = contextlib.ExitStack()
 
     def __enter__(self) -> "Checkpoints":
-        logging.getLogger("absl").addFilter(_not_orbax)
+        self._quiet.enter_context(_one_sentence())
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -67,7 +74,7 @@ class Checkpoints:
                 raise
             warnings.warn(str(failed), stacklevel=2)
         finally:
-            logging.getLogger("absl").removeFilter(_not_orbax)
+            self._quiet.close()
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, rising."""
@@ -115,7 +122,9 @@ class Checkpoints:
         Raises NoSpaceError when the disk is full and CheckpointError for any other failure, once.
         """
         if self._thread is not None:
-            self._thread.join()
+            # In pieces: a signal that another thread receives is handled in between.
+            while self._thread.is_alive():
+                self._thread.join(_LOOK)
             self._thread = None
         failed, self._failed = self._failed, None
         if failed is not None:
@@ -212,7 +221,7 @@ class Checkpoints:
             self._agreed(f"{call}/whole", lambda: whole(files))
         except Exception:
             if first:
-                manifest.remove(path)
+                _remove_for_good(path)
             raise
 
     def _agreed(self, name: str, work: Callable[[], str | None]) -> list[str]:
@@ -243,7 +252,7 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Deletes what is not to be kept, now that `newest` is whole."""
-        older = [p for p in _numbered(newest.parent) if int(p.name) < int(newest.name)]
+        older = [p for p in manifest.numbered(newest.parent) if int(p.name) < int(newest.name)]
         torn = [p for p in older if p in self._damaged or condition(p) is Condition.TORN]
         whole = [p for p in older if p not in torn and condition(p) is Condition.WHOLE]
         every = self._keep_every
@@ -255,7 +264,7 @@ class Checkpoints:
     def _whole(self) -> list[Path]:
         return [
             path
-            for path in _numbered(self._run / "checkpoints")
+            for path in manifest.numbered(self._run / "checkpoints")
             if condition(path) is Condition.WHOLE
         ]
 
@@ -270,9 +279,34 @@ class _Failed:
         raise self._error
 
 
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """What Orbax logs about a failed save, pages of it, is raised as one sentence."""
-    return "_SignalingThread" not in record.getMessage()
+def _remove_for_good(path: Path) -> None:
+    """Until it stays away: where one of Orbax's writers fails, others may still be at it."""
+    for _ in range(20):
+        manifest.remove(path)
+        time.sleep(0.1)
+        if not path.exists():
+            return
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Of a failed save Orbax and TensorStore log pages; we raise what they say as one sentence."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "_SignalingThread" not in record.getMessage()
+
+    def other(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.addFilter(keep)
+    sys.unraisablehook = other
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        sys.unraisablehook = hook
 
 
 def restore_params(
@@ -308,7 +342,7 @@ def read_config(directory: str | Path, step: int | None = None) -> str:
 
 def _newest(directory: str | Path, step: int | None, load, passed_over=lambda path: None):
     """`load(path, manifest)` of the newest checkpoint that is not torn, or of `step`."""
-    paths = _find(Path(directory).absolute(), step)
+    paths = manifest.find(Path(directory).absolute(), step)
     for path, before in zip(paths, [*paths[1:], None], strict=True):
         try:
             return load(path, manifest.read(path))
@@ -317,42 +351,7 @@ def _newest(directory: str | Path, step: int | None, load, passed_over=lambda pa
                 raise
             passed_over(path)
             warnings.warn(f"{error}; reading {before} instead", stacklevel=3)
-    raise AssertionError("_find returns at least one path")
-
-
-def _find(directory: Path, step: int | None) -> list[Path]:
-    """Folders that should be checkpoints, newest first; at least one."""
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"there is no folder {directory}; type the folder of a run, which holds checkpoints/"
-        )
-    if (directory / "bdjax.json").exists() or (
-        directory.name.isdecimal() and directory.parent.name == "checkpoints"
-    ):
-        return [directory]
-    inside = directory / "checkpoints"
-    paths = _numbered(inside if inside.is_dir() else directory)[::-1]
-    if not paths:
-        raise CheckpointError(
-            f"{directory} holds no checkpoint: expected folders like "
-            f"{directory / 'checkpoints' / '100'}; type the folder of a run"
-        )
-    if step is None:
-        return paths
-    chosen = [path for path in paths if path.name == str(step)]
-    if not chosen:
-        names = ", ".join(path.name for path in paths[::-1])
-        raise CheckpointError(
-            f"{directory} holds no checkpoint of step {step}; type one of {names}"
-        )
-    return chosen
-
-
-def _numbered(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    paths = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
-    return sorted(paths, key=lambda path: int(path.name))
+    raise AssertionError("find returns at least one path")
 
 
 def _check_leaves(path: Path, saved: dict, abstract, everything: bool) -> None:

@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> int:
-    """The exit code; one of several processes goes at once, for at exit JAX waits for the others."""
+    """The exit code; one of several processes goes at once: at exit JAX waits for the others."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(code)

@@ -154,6 +154,46 @@ def checksum(manifest: dict) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
+def find(directory: Path, step: int | None) -> list[Path]:
+    """Folders that should be checkpoints, newest first; at least one.
+
+    `directory` is a run, its `checkpoints` or one checkpoint. Raises CheckpointError when there is
+    none, or none of `step`.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"there is no folder {directory}; type the folder of a run, which holds checkpoints/"
+        )
+    if (directory / "bdjax.json").exists() or (
+        directory.name.isdecimal() and directory.parent.name == "checkpoints"
+    ):
+        return [directory]
+    inside = directory / "checkpoints"
+    paths = numbered(inside if inside.is_dir() else directory)[::-1]
+    if not paths:
+        raise CheckpointError(
+            f"{directory} holds no checkpoint: expected folders like "
+            f"{directory / 'checkpoints' / '100'}; type the folder of a run"
+        )
+    if step is None:
+        return paths
+    chosen = [path for path in paths if path.name == str(step)]
+    if not chosen:
+        names = ", ".join(path.name for path in paths[::-1])
+        raise CheckpointError(
+            f"{directory} holds no checkpoint of step {step}; type one of {names}"
+        )
+    return chosen
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Folders named by a step, rising."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name))
+
+
 def _contents(file: Path) -> list[int]:
     size, crc = 0, 0
     with file.open("rb") as opened:

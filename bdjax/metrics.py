@@ -83,10 +83,15 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.flush()
-        if self._events is not None:
-            self._events.close()
-            self._lines.close()
+        try:
+            self.flush()
+            if self._events is not None:
+                self._events.close()
+                self._lines.close()
+        except OSError:
+            # tensorboardX would try once more at the end of the process, and say so in ten lines.
+            self._events.file_writer.event_writer.close = lambda: None
+            raise
 
     def write(self, step: int, scalars: Scalars) -> tuple[int, dict[str, float]] | None:
         """Holds `scalars` as they are on the device, and writes the step held before.

@@ -28,7 +28,7 @@ from bdjax.speed import Profile, Speed, speed_of
 from bdjax.train_step import FiniteWatch, TrainState, initial_state, train_step
 from bdjax.watchdog import Watchdog
 
-# What may change on the way: none of it changes a number beyond rounding.
+# What may change on the way, like `optim.accumulate`: none of it changes a number beyond rounding.
 _FREE = ("mesh", "evaluation", "checkpoint_every", "keep_checkpoints", "keep_every", "watchdog")
 
 
@@ -61,10 +61,10 @@ def train(
     again. profile: first and last step of a profiler trace in the folder "profile".
 
     Raises FileExistsError when the folder holds a run and `resume` is not asked for, ValueError
-    when it holds another config (how a run is watched, saved and spread over devices may change),
-    CheckpointError for torn or foreign checkpoints and when the last save fails, OSError naming the
-    folder when the log has no room, PeerError when the other processes do not come, NonFiniteError
-    when gradients stay non-finite.
+    when it holds another config (how a run is watched, saved, accumulated and spread over devices
+    may change), CheckpointError for torn or foreign checkpoints and when the last save fails,
+    OSError naming the folder when the log has no room, PeerError when the other processes do not
+    come, NonFiniteError when gradients stay non-finite.
     """
     directory = Path(directory)
     say = say if jax.process_index() == 0 else _silent
@@ -235,6 +235,7 @@ def _check_same(config: TrainConfig, saved: TrainConfig, directory: Path) -> Non
     The learning rate depends on `steps`, so these are part of the run too.
     """
     saved = replace(saved, **{name: getattr(config, name) for name in _FREE})
+    saved = replace(saved, optim=replace(saved.optim, accumulate=config.optim.accumulate))
     if saved == config:
         return
     before, now = (

@@ -203,16 +203,22 @@ class TrainConfig:
     def packing(self) -> PackingConfig:
         """How documents share rows."""
         align = self.objective.block_size.largest if self.data.aligned else 1
-        return PackingConfig(row_length=self.data.row_length, align=align, tail=self.data.tail)
+        return PackingConfig(
+            row_length=self.data.row_length,
+            align=align,
+            tail=self.data.tail,
+            move_cuts=self.data.move_cuts,
+        )
 
     def documents(self) -> tuple[list[Document], list[Document]]:
         """Training and held-out documents."""
         return self.data.documents()
 
     def build_model(self) -> Model:
-        """The network with embedding and readout; mask, BOS and padding ids are never drawn."""
-        unused = range(self.tokenizer.vocab_size, self.vocab_size)
-        banned = (self.tokenizer.mask_id, self.tokenizer.bos_id, *unused)
+        """The network with embedding and readout; mask, BOS, CUT and unused ids are never drawn."""
+        t = self.tokenizer
+        unused = range(t.vocab_size, self.vocab_size)
+        banned = (t.mask_id, t.bos_id, t.cut_id, *unused)
         c = self.model
         return Model(
             decoder=c,

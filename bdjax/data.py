@@ -1,17 +1,22 @@
 """Documents -> rows: pieces that start with BOS, packed by Grain; no corruption, no jax.
 
-Each document, closed by EOS, is cut into pieces that fit a row; every piece starts with a BOS of
-its own and counts positions from there. With row_length=8, align=4 and "abc", "de" as documents:
+Each document, closed by EOS, is cut into pieces that fit a row; every piece counts positions from
+its head, which is BOS at a document's start and CUT where a document goes on. With row_length=8,
+align=4 and "abc", "de", "0123456789" as documents:
 
-    Tail.FILL    tokens    B a b c E E E E   B d e E . . . .      E: EOS, B: BOS, .: padding
+    Tail.FILL    tokens    B a b c E E E E   B d e E . . . .      E: EOS, B: BOS, C: CUT, .: padding
                  segment   1 1 1 1 1 1 1 1   1 1 1 1 0 0 0 0
-    Tail.SHORT   tokens    B a b c E . . .   B d e E . . . .
-                 segment   1 1 1 1 1 0 0 0   1 1 1 1 0 0 0 0
+    Tail.SHORT   tokens    B a b c E . . .   B d e E . . . .      B 0 1 2 3 4 5 6   C 7 8 9 E . . .
+                 segment   1 1 1 1 1 0 0 0   1 1 1 1 0 0 0 0      1 1 1 1 1 1 1 1   1 1 1 1 1 0 0 0
+
+The stream of training pieces is dealt to a fixed number of lanes, each of which fills its own rows
+of every batch: a batch is a function of (seed, step), however many processes share the lanes.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import TypedDict
@@ -23,9 +28,13 @@ from jaxtyping import Bool, Int
 from bdjax.corpus import Document
 from bdjax.tokenizer import ByteTokenizer
 
-# Rows open at once in training. A full-length piece takes a row of its own, so it takes many open
-# rows before several document ends meet and share one. Restoring packs this many rows again.
+# Rows open at once in training, over all lanes. A full-length piece takes a row of its own, so it
+# takes many open rows before several document ends meet and share one. Restoring packs this many
+# rows again.
 _OPEN_ROWS = 64
+
+# Lanes that a batch has unless it is told otherwise, at most: each costs a packer's time per batch.
+_LANES = 8
 
 
 class RowBatch(TypedDict):
@@ -33,7 +42,7 @@ class RowBatch(TypedDict):
 
     segment: 1, 2, 3 .. for the documents of a row, ascending; 0 marks padding, whose token is EOS.
     position: 0 .. within the document's piece; 0 in padding. trainable: the tokens whose prediction
-    is scored, which is all but BOS and padding; EOS that fills a tail counts.
+    is scored, which is all but BOS, CUT and padding; EOS that fills a tail counts.
     """
 
     tokens: Int[np.ndarray, "B L"]
@@ -58,6 +67,7 @@ class PackingConfig:
     """How documents share rows of `row_length` tokens.
 
     Every document starts at a multiple of `align` in its row; `tail` says what its end looks like.
+    `move_cuts`: in training, documents longer than a row are cut at other places in every epoch.
 
     Raises ValueError for a row too short for BOS and one token, and unless align divides
     row_length.
@@ -66,6 +76,7 @@ class PackingConfig:
     row_length: int
     align: int = 1
     tail: Tail = Tail.FILL
+    move_cuts: bool = False
 
     def __post_init__(self):
         if self.row_length < 2:
@@ -84,35 +95,89 @@ class PackingConfig:
             )
 
 
+class TrainingBatches(Iterator[RowBatch]):
+    """Endless `RowBatch`es of the rows of some lanes, in the order of their numbers."""
+
+    def __init__(self, lanes: dict[int, Iterator[RowBatch]]):
+        self._lanes = lanes
+
+    def __next__(self) -> RowBatch:
+        parts = [next(lane) for lane in self._lanes.values()]
+        return RowBatch(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+
+    def get_state(self) -> dict:
+        """Where every lane stands: JSON, without any token."""
+        return {"lanes": {str(number): lane.get_state() for number, lane in self._lanes.items()}}
+
+    def set_state(self, state: dict) -> None:
+        """Goes to where `state` was taken, of which it needs the lanes that it has.
+
+        Raises ValueError when one of them is missing.
+        """
+        for number, lane in self._lanes.items():
+            if str(number) not in state["lanes"]:
+                raise ValueError(
+                    f"the saved data state has lanes {', '.join(state['lanes'])} and not {number}; "
+                    f"type data.lanes={len(state['lanes'])}"
+                )
+            lane.set_state(state["lanes"][str(number)])
+
+
+def merge_states(states: Iterable[dict]) -> dict:
+    """One state of all lanes from those of several processes."""
+    return {"lanes": {name: lane for state in states for name, lane in state["lanes"].items()}}
+
+
 def training_batches(
     documents: Sequence[Document],
     tokenizer: ByteTokenizer,
     packing: PackingConfig,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Endless `RowBatch`es of (batch_size, row_length); `get_state` and `set_state` resume it.
+    rows: Iterable[int] | None = None,
+    lanes: int | None = None,
+) -> TrainingBatches:
+    """Endless batches of `batch_size` rows, of which this process asks for `rows` (None: all).
 
-    Every epoch shuffles all pieces anew; of that one stream, process p of P takes each piece whose
-    index is p mod P, so `batch_size` is the number of rows of one process. Same arguments, same
-    batches.
+    Every epoch shuffles all pieces anew. The stream of pieces is dealt to `lanes` (None: the
+    largest divisor of batch_size up to 8), and every lane packs its pieces into batch_size / lanes
+    neighbouring rows of each batch. Same arguments, same batches, whatever `rows` are: those of
+    all processes together are the batch.
 
-    Raises ValueError for an empty corpus, a batch_size below 1, a negative seed, and a
-    process_index outside 0..process_count-1.
+    Raises ValueError for an empty corpus, a batch_size below 1, a negative seed, lanes that do not
+    divide batch_size, and rows that share a lane with rows of other processes.
     """
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative; type seed=0")
-    if not 0 <= process_index < process_count:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if lanes is None:
+        lanes = max(n for n in range(1, _LANES + 1) if batch_size % n == 0)
+    if lanes < 1 or batch_size % lanes:
         raise ValueError(
-            f"process_index={process_index} must be in 0..{process_count - 1} "
-            f"(process_count={process_count})"
+            f"data.lanes={lanes} does not divide data.batch_size={batch_size}; type "
+            f"data.lanes={math.gcd(max(lanes, 1), batch_size)}"
         )
-    stream = grain.MapDataset.source(_Epochs(_Pieces(documents, tokenizer, packing), seed))
-    shard = stream.slice(slice(process_index, None, process_count))
-    rows = _pack(shard, packing, open_rows=_OPEN_ROWS, shuffle_seed=seed)
-    return iter(_batch(rows, tokenizer, batch_size))
+    depth = batch_size // lanes
+    asked = sorted(set(range(batch_size) if rows is None else rows))
+    own = sorted({row // depth for row in asked})
+    if asked != [lane * depth + row for lane in own for row in range(depth)]:
+        raise ValueError(
+            f"data.lanes={lanes} lanes of {depth} rows cannot be dealt to these processes: this "
+            f"one holds {len(asked)} of {batch_size} rows; type data.lanes="
+            f"{batch_size // math.gcd(len(asked), depth)}"
+        )
+    epochs = _Epochs(_Pieces(documents, tokenizer, packing), seed)
+    stream = grain.MapDataset.source(epochs)
+    open_rows = max(4, _OPEN_ROWS // lanes)
+
+    def lane(number: int) -> Iterator[RowBatch]:
+        # A document that had no need of its last piece in an epoch leaves it empty.
+        share = stream.slice(slice(number, None, lanes)).filter(_holds_tokens)
+        packed = _pack(share, packing, open_rows, shuffle_seed=seed)
+        return iter(_batch(packed, tokenizer, depth))
+
+    return TrainingBatches({number: lane(number) for number in own})
 
 
 def evaluation_batches(
@@ -120,17 +185,24 @@ def evaluation_batches(
     tokenizer: ByteTokenizer,
     packing: PackingConfig,
     batch_size: int,
+    rows: Iterable[int] | None = None,
 ) -> Iterator[RowBatch]:
     """Every byte exactly once: read row after row, the batches hold the documents in order.
 
-    The last batch is filled up to `batch_size` with empty rows (segment 0 throughout).
+    Of each batch this process gets `rows` (None: all). The last batch is filled up to `batch_size`
+    with empty rows (segment 0 throughout).
 
     Raises ValueError for an empty corpus and a batch_size below 1.
     """
-    pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, packing))
+    fixed = replace(packing, move_cuts=False)
+    found = grain.MapDataset.source(_Pieces(documents, tokenizer, fixed))
     # One open row keeps the order, at the price of some padding where a document ends.
-    rows = _pack(pieces, packing, open_rows=1, shuffle_seed=None)
-    return iter(_batch(rows, tokenizer, batch_size))
+    packed = _pack(found, packing, open_rows=1, shuffle_seed=None)
+    batches = iter(_batch(packed, tokenizer, batch_size))
+    if rows is None:
+        return batches
+    own = sorted(set(rows))
+    return (RowBatch(**{name: x[own] for name, x in batch.items()}) for batch in batches)
 
 
 def padding_share(batches: Iterable[RowBatch]) -> float:
@@ -162,24 +234,41 @@ class _Pieces:
             )
         end = np.array([tokenizer.eos_id], np.int32)
         self._tokens = np.concatenate([part for ids in encoded for part in (ids, end)])
-        self._bos_id, self._eos_id = tokenizer.bos_id, tokenizer.eos_id
+        self._tokenizer = tokenizer
         self._align = packing.align if packing.tail is Tail.FILL else 1
-        # Cut every document from its start on; BOS takes one place of each piece.
-        stops = np.cumsum([ids.size + 1 for ids in encoded])
-        starts = np.concatenate([[0], stops[:-1]])
-        room = packing.row_length - 1
-        cuts = [np.arange(a, b, room) for a, b in zip(starts, stops, strict=True)]
-        self._bounds = np.concatenate([*cuts, stops[-1:]])
+        # BOS or CUT takes one place of each piece.
+        self.room = packing.row_length - 1
+        sizes = np.array([ids.size + 1 for ids in encoded])
+        self._stops = np.cumsum(sizes)
+        self.moves = packing.move_cuts & (sizes > self.room)
+        # Cuts that move may need one piece more.
+        self._first = np.concatenate([[0], np.cumsum(-(-sizes // self.room) + self.moves)])
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        """With `move_cuts`, places for the pieces of any epoch; else the number of pieces."""
+        return int(self._first[-1])
 
     def __getitem__(self, index: int | np.integer) -> dict[str, Int[np.ndarray, "T"]]:
-        start, stop = self._bounds[index], self._bounds[index + 1]
+        return self.piece(int(index), self.room)
+
+    def document(self, place: int) -> int:
+        """Which document has this place."""
+        return int(np.searchsorted(self._first, place, side="right")) - 1
+
+    def piece(self, place: int, first: int) -> dict[str, Int[np.ndarray, "T"]]:
+        """The piece at a place of a document whose first one has `first` tokens; may be empty."""
+        number = self.document(place)
+        inside = place - int(self._first[number])
+        begin = int(self._stops[number - 1]) if number else 0
+        start = begin + (first + (inside - 1) * self.room if inside else 0)
+        stop = min(begin + first + inside * self.room, int(self._stops[number]))
+        if stop <= start:
+            return {"tokens": np.zeros(0, np.int32)}
         length = 1 + stop - start
-        # Only a last piece can need filling: all others are whole rows.
-        tokens = np.full(-(-length // self._align) * self._align, self._eos_id, np.int32)
-        tokens[0] = self._bos_id
+        # Only a last piece ends with EOS, and with more of it up to a block's end.
+        filled = -(-length // self._align) * self._align if stop == self._stops[number] else length
+        tokens = np.full(filled, self._tokenizer.eos_id, np.int32)
+        tokens[0] = self._tokenizer.cut_id if inside else self._tokenizer.bos_id
         tokens[1:length] = self._tokens[start:stop]
         return {"tokens": tokens}
 
@@ -194,18 +283,31 @@ class _Epochs:
     def __init__(self, pieces: _Pieces, seed: int):
         self._pieces = pieces
         self._seed = seed
-        self._epoch, self._order = -1, np.arange(0)
+        # Only a cache, of two: lanes cross from one epoch to the next at different times.
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> dict[str, Int[np.ndarray, "T"]]:
         epoch, place = divmod(index, len(self._pieces))
-        if epoch != self._epoch:
-            # Only a cache: the order of an epoch never depends on what was read before.
-            generator = np.random.default_rng([self._seed, epoch])
-            self._epoch, self._order = epoch, generator.permutation(len(self._pieces))
-        return self._pieces[self._order[place]]
+        order, first = self._orders.get(epoch) or self._shuffle(epoch)
+        place = int(order[place])
+        return self._pieces.piece(place, int(first[self._pieces.document(place)]))
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        generator = np.random.default_rng([self._seed, epoch])
+        order = generator.permutation(len(self._pieces))
+        room, moves = self._pieces.room, self._pieces.moves
+        first = np.where(moves, generator.integers(1, room + 1, moves.size), room)
+        if len(self._orders) > 1:
+            del self._orders[min(self._orders)]
+        self._orders[epoch] = order, first
+        return order, first
+
+
+def _holds_tokens(piece: dict[str, Int[np.ndarray, "T"]]) -> bool:
+    return piece["tokens"].size > 0
 
 
 def _pack(
@@ -238,6 +340,6 @@ def _row_batch(padding_id: int, packed: dict[str, Int[np.ndarray, "B L"]]) -> Ro
         tokens=np.where(segment > 0, packed["tokens"], np.int32(padding_id)),
         segment=segment,
         position=position,
-        # Position 0 is BOS or padding, and nothing else.
+        # Position 0 is BOS, CUT or padding, and nothing else.
         trainable=position > 0,
     )

@@ -1,5 +1,6 @@
 """Where a run's documents come from, and how they share rows: the config of the data."""
 
+import math
 from dataclasses import dataclass
 
 from bdjax import corpus
@@ -55,7 +56,10 @@ class DataConfig:
 
     aligned: documents start on multiples of the run's largest block. tail: what stands between a
     document's end and its block's. held_out: the documents to evaluate on; without it,
-    `held_out_fraction` of the source's documents, chosen by content, are kept for that.
+    `held_out_fraction` of the source's documents, chosen by content, are kept for that. batch_size:
+    rows of a step over all processes. lanes: parts that a batch is made of, each from a stream of
+    its own; processes share them, so there must be as many as processes (None: up to 8). move_cuts:
+    cut documents longer than a row at other places in every epoch.
     """
 
     source: Source = StandardLibrary()
@@ -65,6 +69,8 @@ class DataConfig:
     tail: Tail = Tail.FILL
     held_out: Source | None = None
     held_out_fraction: float = 0.05
+    lanes: int | None = None
+    move_cuts: bool = True
 
     def __post_init__(self):
         if self.row_length < 2:
@@ -75,6 +81,11 @@ class DataConfig:
         if self.batch_size < 1:
             raise ValueError(
                 f"data.batch_size={self.batch_size} must be at least 1; type data.batch_size=8"
+            )
+        if self.lanes is not None and (self.lanes < 1 or self.batch_size % self.lanes):
+            raise ValueError(
+                f"data.lanes={self.lanes} does not divide data.batch_size={self.batch_size}; type "
+                f"data.lanes={math.gcd(max(self.lanes, 1), self.batch_size)}"
             )
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(

@@ -10,15 +10,17 @@ from jaxtyping import Int
 
 @dataclass(frozen=True, kw_only=True)
 class ByteTokenizer:
-    """Ids 0..255 are the bytes of UTF-8, the three ids above them are special.
+    """Ids 0..255 are the bytes of UTF-8, the four ids above them are special.
 
-    Padding has no id of its own: `bdjax.data` marks it by segment 0 and writes `eos_id` there.
+    `cut_id` stands in place of BOS where a piece goes on with a document that was cut. Padding
+    has no id of its own: `bdjax.data` marks it by segment 0 and writes `eos_id` there.
     """
 
     bos_id: ClassVar[int] = 256
     eos_id: ClassVar[int] = 257
     mask_id: ClassVar[int] = 258
-    vocab_size: ClassVar[int] = 259
+    cut_id: ClassVar[int] = 259
+    vocab_size: ClassVar[int] = 260
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
         """The bytes of `text` as int32 ids, without BOS or EOS. A `str` is encoded as UTF-8.

@@ -93,6 +93,7 @@ def train(
             config.packing(),
             config.data.batch_size,
             config.seed,
+            lanes=config.data.lanes,
         )
         state = initial_state(config.seed, model, optimiser)
         begin = 0

@@ -356,7 +356,7 @@ def test_a_prompt_is_ids_or_text_that_the_model_can_hold(home):
     mask = loaded.config.tokenizer.mask_id
     for prompts, words in (
         ([[97, mask]], f"prompt 0 holds the mask token {mask} at place 1; give None there"),
-        (["ok", [97, 259]], "prompt 1 holds 259 at place 1; ids are 0 to 258"),
+        (["ok", [97, 260]], "prompt 1 holds 260 at place 1; ids are 0 to 259"),
         ([[-1]], "prompt 0 holds -1 at place 0"),
         ("the", r"a list of them; type \[prompt\]"),
     ):

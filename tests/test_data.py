@@ -9,18 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdjax.corpus import Document, describe, read_text_files, split_by_hash, standard_library
-from bdjax.data import PackingConfig, Tail, evaluation_batches, padding_share, training_batches
+from bdjax.data import (
+    PackingConfig,
+    Tail,
+    _Epochs,
+    _Pieces,
+    evaluation_batches,
+    merge_states,
+    padding_share,
+    training_batches,
+)
 from bdjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
+BOS, EOS, CUT = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.cut_id
 
 texts = st.lists(st.binary(max_size=40), min_size=1, max_size=6).filter(any)
 packings = st.builds(
-    lambda align, blocks, tail: PackingConfig(row_length=align * blocks, align=align, tail=tail),
+    lambda align, blocks, tail, moves: PackingConfig(
+        row_length=align * blocks, align=align, tail=tail, move_cuts=moves
+    ),
     st.integers(1, 5),
     st.integers(2, 6),
     st.sampled_from(Tail),
+    st.booleans(),
 )
 
 
@@ -55,17 +67,17 @@ def contents(batches):
 def test_text_survives_the_tokenizer(text):
     ids = TOKENIZER.encode(text)
     assert ids.dtype == np.int32 and (ids < 256).all()
-    assert TOKENIZER.decode([BOS, *ids.tolist(), EOS, TOKENIZER.mask_id]) == text
+    assert TOKENIZER.decode([BOS, *ids.tolist(), EOS, TOKENIZER.mask_id, CUT]) == text
     assert TOKENIZER.token_bytes()[ids].sum() == len(text.encode())
 
 
 def test_tokenizer_ids():
-    assert (BOS, EOS, TOKENIZER.mask_id, TOKENIZER.vocab_size) == (256, 257, 258, 259)
-    assert TOKENIZER.token_bytes().tolist() == [1] * 256 + [0] * 3
+    assert (BOS, EOS, TOKENIZER.mask_id, TOKENIZER.vocab_size) == (256, 257, 258, 260)
+    assert TOKENIZER.token_bytes().tolist() == [1] * 256 + [0] * 4
     assert TOKENIZER.encode("\ud800").tolist() == [0xED, 0xA0, 0x80]
     assert TOKENIZER.decode(TOKENIZER.encode(b"a\xffb")) == "a\ufffdb"
-    for wrong in (-1, 259):
-        with pytest.raises(ValueError, match=rf"id {wrong} .* 0\.\.258"):
+    for wrong in (-1, 260):
+        with pytest.raises(ValueError, match=rf"id {wrong} .* 0\.\.259"):
             TOKENIZER.decode([97, wrong])
 
 
@@ -141,9 +153,10 @@ def test_every_byte_once_and_in_order(texts, packing, batch_size):
     shape = (batch_size, packing.row_length)
     assert all(array.shape == shape for batch in batches for array in batch.values())
     assert b"".join(contents(batches)) == b"".join(texts)
-    # Documents can be told apart: each ends with the EOS that its last piece holds.
+    # Documents can be told apart: each begins with BOS and ends with the EOS of its last piece.
     ended, text = [], []
     for _, tokens in pieces(batches):
+        assert tokens[0] == (CUT if text else BOS)
         text.append(bytes(tokens[tokens < 256].tolist()))
         if tokens[-1] == EOS:
             ended.append(b"".join(text))
@@ -167,15 +180,17 @@ def test_row_rules(texts, packing):
             seen = row[row > 0]
             assert (np.diff(seen) >= 0).all()
             assert set(seen.tolist()) == set(range(1, row.max() + 1))
-        np.testing.assert_array_equal(tokens == BOS, (segment > 0) & (position == 0))
-        np.testing.assert_array_equal(batch["trainable"], (segment > 0) & (tokens != BOS))
+        heads = (tokens == BOS) | (tokens == CUT)
+        np.testing.assert_array_equal(heads, (segment > 0) & (position == 0))
+        np.testing.assert_array_equal(batch["trainable"], (segment > 0) & ~heads)
         steps = np.diff(position, axis=1)[(np.diff(segment, axis=1) == 0) & (segment[:, 1:] > 0)]
         assert (steps == 1).all()
     for start, tokens in pieces(batches):
         assert start % packing.align == 0
         filled = np.count_nonzero(tokens == EOS)
         if filled == 0:
-            assert len(tokens) == packing.row_length
+            # Cut: a whole row, or the beginning of a document whose cuts move.
+            assert len(tokens) == packing.row_length or (tokens[0] == BOS and packing.move_cuts)
         elif packing.tail is Tail.SHORT:
             assert filled == 1 and tokens[-1] == EOS
         else:
@@ -209,18 +224,79 @@ def test_padding_is_counted():
 
 @pytest.mark.parametrize("done", [0, 1, 7, 150])
 def test_resume_equals_no_interruption(done):
-    def start():
-        return training_batches(numbered(100), TOKENIZER, PackingConfig(row_length=12), 3, seed=5)
+    """With as many processes or with others: 4 save, 2 go on."""
+
+    def start(rows=None):
+        packing = PackingConfig(row_length=12, move_cuts=True)
+        documents = numbered(97) + numbered(3, length=40)
+        return training_batches(documents, TOKENIZER, packing, 4, seed=5, rows=rows, lanes=4)
 
     straight = start()
+    four = [start([row]) for row in range(4)]
     for _ in range(done):
-        next(straight)
-    state = json.loads(json.dumps(straight.get_state()))
-    resumed = start()
-    resumed.set_state(state)
-    # 200 batches of 3 rows: several epochs and several packed groups.
-    for _ in range(200):
-        np.testing.assert_equal(next(resumed), next(straight))
+        wanted = next(straight)
+        assert_joined([next(process) for process in four], wanted)
+    state = json.loads(json.dumps(merge_states([process.get_state() for process in four])))
+    two = [start([0, 1]), start([2, 3])]
+    for process in two:
+        process.set_state(state)
+    # 100 batches of 4 rows: several epochs and several packed groups.
+    for _ in range(100):
+        assert_joined([next(process) for process in two], next(straight))
+
+
+def assert_joined(parts, whole):
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+@given(texts, packings, st.integers(1, 3))
+@settings(deadline=None, max_examples=20)
+def test_evaluation_rows_of_processes_are_those_of_the_batch(texts, packing, depth):
+    documents, size = as_documents(texts), 2 * depth
+    whole = evaluation_batches(documents, TOKENIZER, packing, size)
+    halves = [
+        evaluation_batches(
+            documents, TOKENIZER, packing, size, rows=range(i * depth, (i + 1) * depth)
+        )
+        for i in range(2)
+    ]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert_joined(parts, batch)
+
+
+@given(texts, packings, st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_holds_every_byte_once_wherever_it_is_cut(texts, packing, epoch):
+    source = _Pieces(as_documents(texts), TOKENIZER, packing)
+    epochs = _Epochs(source, seed=7)
+    size = len(source)
+    found = {}
+    for index in range(epoch * size, (epoch + 1) * size):
+        tokens = epochs[index]["tokens"]
+        assert len(tokens) <= packing.row_length and len(tokens) != 1
+        if tokens.size:
+            found.setdefault(tokens[0] == CUT, []).append(tokens[tokens < 256].tobytes())
+    # Pieces that begin or go on with a document, in any order, are all of its bytes.
+    every = sorted(np.frombuffer(b"".join(sum(found.values(), [])), np.int32).tolist())
+    assert every == sorted(b"".join(texts))
+    assert len(found[False]) == sum(map(bool, texts))
+
+
+def test_cuts_move_from_epoch_to_epoch():
+    packing = PackingConfig(row_length=16, move_cuts=True)
+    text = bytes(range(250))
+    source = _Pieces(as_documents([text]), TOKENIZER, packing)
+    epochs, size, firsts = _Epochs(source, seed=7), len(source), []
+    for epoch in range(200):
+        all_pieces = [epochs[index]["tokens"] for index in range(epoch * size, (epoch + 1) * size)]
+        (head,) = [tokens for tokens in all_pieces if tokens.size and tokens[0] == BOS]
+        firsts.append(len(head) - 1)
+        joined = sorted((tokens for tokens in all_pieces if tokens.size), key=lambda x: x[1])
+        assert bytes(np.concatenate([x[x < 256] for x in joined]).tolist()) == text
+    # Uniform over 1 .. 15: 13 expected of each, standard deviation 3.5.
+    counts = np.bincount(firsts, minlength=16)
+    assert counts[0] == 0 and counts[1:].min() >= 1 and counts.max() <= 30
 
 
 def test_epochs_are_whole_and_differ():
@@ -233,23 +309,6 @@ def test_epochs_are_whole_and_differ():
     packing = PackingConfig(row_length=8)
     other = training_batches(numbered(count), TOKENIZER, packing, 64, seed=1)
     assert contents(islice(other, count // 64)) not in (first, second)
-
-
-def test_processes_share_an_epoch_without_overlap():
-    count, processes = 2 * 1024, 2
-    shards = [
-        contents(
-            islice(
-                training_batches(
-                    numbered(count), TOKENIZER, PackingConfig(row_length=8), 64, 3, index, processes
-                ),
-                count // processes // 64,
-            )
-        )
-        for index in range(processes)
-    ]
-    assert set(shards[0]).isdisjoint(shards[1])
-    assert sorted(shards[0] + shards[1]) == [d.data for d in numbered(count)]
 
 
 def test_refusals():
@@ -270,5 +329,11 @@ def test_refusals():
         evaluation_batches(documents, TOKENIZER, packing, 0)
     with pytest.raises(ValueError, match="seed=-1"):
         training_batches(documents, TOKENIZER, packing, 1, seed=-1)
-    with pytest.raises(ValueError, match=r"process_index=2 must be in 0\.\.1"):
-        training_batches(documents, TOKENIZER, packing, 1, 0, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="lanes=3 does not divide .*batch_size=8; type .*lanes=1"):
+        training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=3)
+    with pytest.raises(ValueError, match="2 lanes of 4 rows cannot .* 2 of 8 rows; type .*lanes=4"):
+        training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=2, rows=[2, 3])
+    training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=4, rows=[2, 3])
+    missing = training_batches(documents, TOKENIZER, packing, 4, seed=0, rows=[0, 1]).get_state()
+    with pytest.raises(ValueError, match="has lanes 0, 1 and not 2"):
+        training_batches(documents, TOKENIZER, packing, 4, seed=0).set_state(missing)

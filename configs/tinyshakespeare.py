@@ -65,7 +65,7 @@ def get_config(kind: str = "4", seed: int = 0, text: str = "tinyshakespeare.txt"
             batch_size=64,
         ),
         optim=OptimConfig(peak_lr=1e-3, b2=0.99, weight_decay=0.1, decay=CosineDecay()),
-        evaluation=EvaluationConfig(every=250, batches=100),
+        evaluation=EvaluationConfig(every=250, batches=100, tokens=32),
         checkpoint_every=2500,
         seed=seed,
     )

@@ -70,6 +70,16 @@ def test_pieces_and_meshes_change_nothing(pieces, mesh, whole):
     assert_same(run(replace(CONFIG, accumulate=pieces), mesh=mesh), whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_two_gpus_change_nothing(axis, whole):
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert_same(run(CONFIG, mesh={axis: 2}), whole)
+    again, once_more = (run(CONFIG, mesh={axis: 2}) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, again, once_more)
+
+
 def test_the_same_seed_gives_the_same_bits(whole):
     jax.tree.map(np.testing.assert_array_equal, run(CONFIG), whole)
 

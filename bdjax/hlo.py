@@ -19,6 +19,7 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"\bcondition=%?([^\s,)}]+)")
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")  # groups of one device
+_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
 _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
 _CONSTANT = re.compile(r"%?(\S+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _BOUND = re.compile(r"ROOT .* compare\(%?([^\s,]+), %?([^\s,)]+)\), direction=LT")
@@ -53,24 +54,23 @@ class _Instruction(NamedTuple):
 def collectives(text: str) -> Collectives:
     """The collectives of a compiled program (`compiled.as_text()`)."""
     computations, entry = _computations(text)
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    traffic = {kind: Traffic(0, 0) for kind in KINDS}
     open_loops: set[str] = set()
 
     def visit(name: str, times: int, path: tuple[str, ...]):
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS and not _ALONE.search(instruction.rest):
-                # An asynchronous one is spelled in several fusions that share its channel.
-                channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                key = kind, channel[1] if channel else f"{name}/{instruction.name}"
+            if kind in KINDS and not _ALONE.search(instruction.rest) and _begins(instruction):
                 size = _moved(kind, instruction, computations[name])
-                before = found.get(key, (0, 0))
-                found[key] = max(times, before[0]), max(size, before[1])
+                before = traffic[kind]
+                traffic[kind] = Traffic(before.count + times, before.bytes + times * size)
             inner, within = times, path
             if instruction.opcode == "while":
                 trips = _trip_count(instruction, computations)
                 inner *= trips or 1
                 within = (*path, instruction.name) if trips is None else path
+            if instruction.opcode in ("async-update", "async-done"):
+                continue  # They name the computation that their start has run.
             for called in _CALLED.finditer(instruction.rest):
                 for target in re.findall(r"[^\s,{}%]+", called[2]):
                     if target in holding:
@@ -79,11 +79,17 @@ def collectives(text: str) -> Collectives:
 
     holding = _holding(computations)
     visit(entry, 1, ())
-    traffic = {kind: Traffic(0, 0) for kind in KINDS}
-    for (kind, _), (times, size) in found.items():
-        before = traffic[kind]
-        traffic[kind] = Traffic(before.count + times, before.bytes + times * size)
     return Collectives({k: t for k, t in traffic.items() if t.count}, len(open_loops))
+
+
+def _begins(instruction: _Instruction) -> bool:
+    """False for the later spellings of a collective that a TPU spreads over several fusions.
+
+    Channels cannot tell: XLA gives these spellings one channel, but `shard_map` gives channel 1 to
+    every collective. The compiler marks the fusion that begins one with flag_start -1.
+    """
+    flag = _PIECE.search(instruction.rest)
+    return flag is None or flag[1] == "-1"
 
 
 def array_bytes(shape: str) -> int:

@@ -1,6 +1,7 @@
 """A plan's numbers are those of the compiled program, and no array of the model is ever made."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,12 @@ HloModule example
 
 %deep (p: f32[8]) -> f32[32] {
   %p = f32[8]{0} parameter(0)
-  ROOT %all-gather.1 = f32[32]{0:T(128)} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %all-gather.1 = f32[32]{0:T(128)} all-gather(%p), channel_id=1, LATER
 }
 
 %start (p.1: f32[8]) -> f32[32] {
   %p.1 = f32[8]{0} parameter(0)
-  %all-gather.2 = f32[32]{0:T(128)} all-gather(%p.1), channel_id=1, dimensions={0}
+  %all-gather.2 = f32[32]{0:T(128)} all-gather(%p.1), channel_id=1, FIRST
   ROOT %custom-call = f32[32]{0} custom-call(%all-gather.2)
 }
 
@@ -78,24 +79,34 @@ HloModule example
   ROOT %v = (s32[], f32[8]) tuple(%y, %y)
 }
 
+%async (w: f32[8]) -> f32[2] {
+  %w = f32[8]{0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(%w), channel_id=3, to_apply=%sum
+}
+
 ENTRY %main (q: f32[8]) -> f32[8] {
   %q = f32[8]{0} parameter(0)
   %while.2 = (s32[], f32[8]{0}) while(%q), body=%outer, config={"known_trip_count":{"n":"5"}}
   %while.3 = (s32[], s32[], f32[8]) while(%q), condition=%open_condition, body=%open
   %all-reduce = (f32[4]{0:T(8,128)(2,1)}, /*index=1*/bf16[6]{0}) all-reduce(%q, %q), channel_id=4
   %alone = f32[4]{0} all-reduce(%q), channel_id=5, replica_groups={{0},{1}}, to_apply=%sum
+  %rs-start = ((f32[8]{0}), f32[2]{0}, u32[]) async-start(%q), calls=%async
+  %rs-done = f32[2]{0} async-done(%rs-start), calls=%async
   %all-gather-start = (f32[8]{0}, f32[16]{0}) all-gather-start(%q), channel_id=6
   ROOT %all-gather-done = f32[16]{0} all-gather-done(%all-gather-start)
 }
 """
+# How libtpu marks the pieces of an asynchronous collective.
+PIECE = 'backend_config={"async_collective_fusion_config":{"flag_start":"%d","flag_end":"%d"}}'
+PROGRAM = PROGRAM.replace("FIRST", PIECE % (-1, -1)).replace("LATER", PIECE % (2, 8))
 
 
 def test_collectives_are_counted_as_often_as_they_run():
     found = collectives(PROGRAM)
     assert found.traffic == {
-        "all-gather": Traffic(5 * 3 + 1, 15 * 128 + 64),  # spelled twice, one channel, and a start
+        "all-gather": Traffic(5 * 3 + 1, 15 * 128 + 64),  # two pieces of one, and a start
         "all-reduce": Traffic(1, 16 + 12),
-        "reduce-scatter": Traffic(5, 5 * 32),  # what goes in
+        "reduce-scatter": Traffic(5 + 1, 6 * 32),  # what goes in
         "all-to-all": Traffic(1, 32),
     }
     assert found.open_loops == 1
@@ -120,6 +131,21 @@ def test_a_real_program_of_this_compiler():
 
         text = run.lower(jnp.zeros((64, 3), out_sharding=P("data"))).compile().as_text()
     assert collectives(text).traffic == {"all-reduce": Traffic(5, 5 * 8 * 3 * 4)}
+
+
+def test_collectives_of_one_channel_are_all_counted():
+    """Inside shard_map every collective has channel 1: two all-to-alls are two."""
+    with jax.set_mesh(make_mesh(fsdp=4)):
+
+        @jax.jit
+        @jax.shard_map(in_specs=P(None, "fsdp"), out_specs=P(None, "fsdp"), check_vma=False)
+        def run(x):
+            y = jnp.sin(jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True))
+            return jax.lax.all_to_all(y, "fsdp", 1, 0, tiled=True)
+
+        text = run.lower(jnp.zeros((8, 16), out_sharding=P(None, "fsdp"))).compile().as_text()
+    assert set(re.findall(r"channel_id=(\d+)", text)) == {"1"}
+    assert collectives(text).traffic == {"all-to-all": Traffic(2, 2 * 8 * 4 * 4)}
 
 
 @pytest.mark.parametrize(

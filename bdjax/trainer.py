@@ -16,7 +16,7 @@ import jax
 from bdjax import likelihood
 from bdjax.checkpoint import Checkpoints, NoSpaceError, read_config
 from bdjax.config import TrainConfig, check_seed, config_from_json
-from bdjax.data import evaluation_batches, training_batches
+from bdjax.data import evaluation_batches, merge_states, training_batches
 from bdjax.display import clean_text
 from bdjax.distributed import Agreement, Peers
 from bdjax.generation import LanguageModel, generate
@@ -24,6 +24,7 @@ from bdjax.interrupts import Interrupts
 from bdjax.metrics import Progress, Writer, cut_log
 from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
+from bdjax.sharding import own_rows
 from bdjax.speed import Profile, Speed, speed_of
 from bdjax.train_step import FiniteWatch, TrainState, initial_state, train_step
 from bdjax.watchdog import Watchdog
@@ -93,6 +94,7 @@ def train(
             config.packing(),
             config.data.batch_size,
             config.seed,
+            rows=own_rows(config.data.batch_size),
             lanes=config.data.lanes,
         )
         state = initial_state(config.seed, model, optimiser)
@@ -100,7 +102,7 @@ def train(
         if saved:
             abstract = jax.tree.map(_abstract, state)
             begin, state, data_states = kept.restore(abstract)
-            data.set_state(data_states[0])
+            data.set_state(merge_states(data_states))
             say(f"resumed from step {begin}")
         root = jax.random.key(config.seed)
         step = partial(train_step, config.objective, model, optimiser)
@@ -136,7 +138,7 @@ def train(
             while done < config.steps and not asked:
                 rows = next(data)
                 speed.hand(done + 1, rows["segment"])
-                batch = likelihood.to_device(rows)
+                batch = likelihood.to_device(rows, config.data.batch_size)
                 state, metrics = profiler.step(done + 1, step, state, batch, root)
                 done += 1
                 show(writer.write(done, metrics))

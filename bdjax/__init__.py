@@ -25,7 +25,15 @@ from bdjax.policies import (
     Static,
     Threshold,
 )
-from bdjax.sources import DataConfig, StandardLibrary, TextFiles
+from bdjax.sources import (
+    DataConfig,
+    JsonLines,
+    Mixture,
+    Parquet,
+    StandardLibrary,
+    TextFiles,
+    Weighted,
+)
 from bdjax.train_step import NonFiniteError
 from bdjax.trainer import TrainResult, train
 from bdjax.trainer import evaluate_model as evaluate
@@ -46,12 +54,15 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "Generation",
+    "JsonLines",
     "LanguageModel",
     "MeshConfig",
     "NonFiniteError",
+    "Mixture",
     "Objective",
     "OptimConfig",
     "Plan",
+    "Parquet",
     "PeerError",
     "Policy",
     "RandomOne",
@@ -65,6 +76,7 @@ __all__ = [
     "Threshold",
     "TrainConfig",
     "TrainResult",
+    "Weighted",
     "apply_overrides",
     "evaluate",
     "generate",

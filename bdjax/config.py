@@ -15,7 +15,15 @@ from bdjax.optim import OptimConfig
 from bdjax.overrides import from_json
 from bdjax.readout import TokenReadout
 from bdjax.sharding import make_mesh
-from bdjax.sources import DataConfig, StandardLibrary, TextFiles
+from bdjax.sources import (
+    DataConfig,
+    JsonLines,
+    Mixture,
+    Parquet,
+    StandardLibrary,
+    TextFiles,
+    Weighted,
+)
 from bdjax.step import Model
 from bdjax.tokenizer import ByteTokenizer
 from bdjax.watchdog import WatchdogConfig
@@ -248,6 +256,10 @@ _CLASSES = (
     DataConfig,
     StandardLibrary,
     TextFiles,
+    JsonLines,
+    Parquet,
+    Mixture,
+    Weighted,
     OptimConfig,
     StableDecay,
     CosineDecay,

@@ -1,9 +1,8 @@
-"""Where text comes from: files, the interpreter's own source, and a split that never moves."""
+"""Documents: the interpreter's own source as text, and a split that never moves."""
 
-import glob
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,37 +14,11 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 class Document(NamedTuple):
-    """One text, read as a stream of its own. data: UTF-8 bytes."""
+    """One text, read as a stream of its own. data: UTF-8 bytes. part: its place in a mixture."""
 
     name: str
     data: bytes
-
-
-def read_text_files(
-    paths_or_globs: str | Path | Iterable[str | Path], first: float = 0.0, last: float = 1.0
-) -> list[Document]:
-    """One document per file, in the order given; the files of a pattern (`**` too) are sorted.
-
-    A file that several patterns match is read once. Of a file of n bytes, those from
-    int(first * n) to int(last * n) are taken, each cut moved on to the start of a character: parts
-    that share a fraction meet there, with no byte lost or doubled.
-
-    Raises FileNotFoundError for a path or pattern without a file, ValueError for a file that is
-    not UTF-8 and for a corpus without a byte.
-    """
-    patterns = [paths_or_globs] if isinstance(paths_or_globs, str | Path) else list(paths_or_globs)
-    paths = dict.fromkeys(path for pattern in patterns for path in _matches(str(pattern)))
-    whole = [Document(str(path), path.read_bytes()) for path in paths]
-    for document in whole:
-        _require_utf8(document)
-    documents = [_part(document, first, last) for document in whole]
-    if not any(document.data for document in documents):
-        some = "" if (first, last) == (0, 1) else f" between the fractions {first} and {last}"
-        raise ValueError(
-            f"empty corpus: {len(documents)} files from {[str(p) for p in patterns]} hold 0 bytes"
-            f"{some}; name at least one file with text, such as 'texts/**/*.txt'"
-        )
-    return documents
+    part: int = 0
 
 
 def standard_library() -> list[Document]:
@@ -62,12 +35,12 @@ def standard_library() -> list[Document]:
         name = path.relative_to(root)
         if _SKIPPED_FOLDERS.isdisjoint(name.parts[:-1]):
             data = path.read_bytes()
-            if data and _utf8_error(data) is None:
+            if data and utf8_error(data) is None:
                 by_content.setdefault(data, Document(name.as_posix(), data))
     if not by_content:
         raise FileNotFoundError(
             f"no .py source under {root}: this Python ships without it; use another interpreter, "
-            "or read_text_files('texts/**/*.txt')"
+            "or TextFiles(paths=('texts/**/*.txt',))"
         )
     return list(by_content.values())
 
@@ -99,44 +72,7 @@ def split_by_hash(
     return train, held_out
 
 
-def describe(documents: Sequence[Document]) -> str:
-    """Number and size, such as "571 files, 10.43 MB" (10^6 bytes)."""
-    size = sum(len(document.data) for document in documents)
-    return f"{len(documents)} files, {size / 1e6:.2f} MB"
-
-
-def _matches(pattern: str) -> list[Path]:
-    """The files that a path or glob names, sorted; never none."""
-    # A path that exists is taken as it stands, even if it holds a `[` or a `*`.
-    names = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
-    files = sorted(path for path in map(Path, names) if path.is_file())
-    if not files and Path(pattern).is_dir():
-        raise FileNotFoundError(
-            f"{pattern!r} is a folder; type {str(Path(pattern) / '**' / '*.txt')!r} for its files"
-        )
-    if not files:
-        raise FileNotFoundError(
-            f"no file matches {pattern!r} (from {Path.cwd()}); type a path that exists, or a "
-            "pattern such as 'texts/**/*.txt'"
-        )
-    return files
-
-
-def _part(document: Document, first: float, last: float) -> Document:
-    """The bytes between two fractions of a document, in whole characters."""
-    data = document.data
-    start, stop = (_next_character(data, int(share * len(data))) for share in (first, last))
-    return document._replace(data=data[start:stop])
-
-
-def _next_character(data: bytes, place: int) -> int:
-    """The first place from `place` on that is no continuation byte (0b10xxxxxx)."""
-    while place < len(data) and data[place] & 0xC0 == 0x80:
-        place += 1
-    return place
-
-
-def _utf8_error(data: bytes) -> UnicodeDecodeError | None:
+def utf8_error(data: bytes) -> UnicodeDecodeError | None:
     """Why `data` is not UTF-8, or None."""
     try:
         data.decode("utf-8")
@@ -145,15 +81,10 @@ def _utf8_error(data: bytes) -> UnicodeDecodeError | None:
     return None
 
 
-def _require_utf8(document: Document) -> None:
-    """Raises ValueError that names file and byte offset if the document is not UTF-8."""
-    error = _utf8_error(document.data)
-    if error is not None:
-        raise ValueError(
-            f"{document.name} is not UTF-8: byte 0x{document.data[error.start]:02x} at offset "
-            f"{error.start} ({error.reason}); re-encode it, for example "
-            f"`iconv -f LATIN1 -t UTF-8 {document.name}`, or leave it out"
-        )
+def describe(documents: Sequence[Document]) -> str:
+    """Number and size, such as "571 files, 10.43 MB" (10^6 bytes)."""
+    size = sum(len(document.data) for document in documents)
+    return f"{len(documents)} files, {size / 1e6:.2f} MB"
 
 
 def _hash_fraction(data: bytes) -> float:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from fractions import Fraction
 from functools import partial
 from typing import TypedDict
 
@@ -26,6 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bdjax.corpus import Document
+from bdjax.mixture import Mixed
 from bdjax.tokenizer import ByteTokenizer
 
 # Rows open at once in training, over all lanes. A full-length piece takes a row of its own, so it
@@ -136,16 +138,20 @@ def training_batches(
     seed: int,
     rows: Iterable[int] | None = None,
     lanes: int | None = None,
+    weights: Sequence[float] = (1.0,),
 ) -> TrainingBatches:
     """Endless batches of `batch_size` rows, of which this process asks for `rows` (None: all).
 
-    Every epoch shuffles all pieces anew. The stream of pieces is dealt to `lanes` (None: the
+    Part p of the documents gets the share weights[p] / sum(weights) of the tokens, without heads
+    and filling, and goes through epochs of its own, in every lane: see `bdjax.mixture`. Every epoch
+    shuffles all pieces of a part anew. The stream of pieces is dealt to `lanes` (None: the
     largest divisor of batch_size up to 8), and every lane packs its pieces into batch_size / lanes
     neighbouring rows of each batch. Same arguments, same batches, whatever `rows` are: those of
     all processes together are the batch.
 
-    Raises ValueError for an empty corpus, a batch_size below 1, a negative seed, lanes that do not
-    divide batch_size, and rows that share a lane with rows of other processes.
+    Raises ValueError for an empty corpus or part, a document of a part without a weight, a
+    batch_size below 1, a negative seed, lanes that do not divide batch_size, and rows that share
+    a lane with rows of other processes.
     """
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative; type seed=0")
@@ -167,14 +173,14 @@ def training_batches(
             f"one holds {len(asked)} of {batch_size} rows; type data.lanes="
             f"{batch_size // math.gcd(len(asked), depth)}"
         )
-    epochs = _Epochs(_Pieces(documents, tokenizer, packing), seed)
-    stream = grain.MapDataset.source(epochs)
+    parts, shares = _parts(documents, tokenizer, packing, seed, weights)
     open_rows = max(4, _OPEN_ROWS // lanes)
 
     def lane(number: int) -> Iterator[RowBatch]:
         # A document that had no need of its last piece in an epoch leaves it empty.
-        share = stream.slice(slice(number, None, lanes)).filter(_holds_tokens)
-        packed = _pack(share, packing, open_rows, shuffle_seed=seed)
+        dealt = Mixed(parts, shares, first=number, stride=lanes)
+        pieces = grain.MapDataset.source(dealt).filter(_holds_tokens)
+        packed = _pack(pieces, packing, open_rows, shuffle_seed=seed)
         return iter(_batch(packed, tokenizer, depth))
 
     return TrainingBatches({number: lane(number) for number in own})
@@ -217,6 +223,28 @@ def padding_share(batches: Iterable[RowBatch]) -> float:
     return float(padding / total)
 
 
+def _parts(
+    documents: Sequence[Document],
+    tokenizer: ByteTokenizer,
+    packing: PackingConfig,
+    seed: int,
+    weights: Sequence[float],
+) -> tuple[list["_Epochs"], list[Fraction]]:
+    """The endless pieces of every part of the documents, and its share of the pieces."""
+    if strange := {document.part for document in documents} - set(range(len(weights))):
+        raise ValueError(
+            f"documents of part {min(strange)} have no weight: weights={tuple(weights)} has "
+            f"{len(weights)}; give weights=source.weights()"
+        )
+    parts = [
+        _Pieces([d for d in documents if d.part == part], tokenizer, packing)
+        for part in range(len(weights))
+    ]
+    # Short pieces have to come more often for the same number of tokens.
+    shares = [Fraction(w) / p.mean_length() for w, p in zip(weights, parts, strict=True)]
+    return [_Epochs(pieces, seed, part) for part, pieces in enumerate(parts)], shares
+
+
 class _Pieces:
     """Random access to the pieces of tokenised documents: a Grain source.
 
@@ -251,6 +279,10 @@ class _Pieces:
     def __getitem__(self, index: int | np.integer) -> dict[str, Int[np.ndarray, "T"]]:
         return self.piece(int(index), self.room)
 
+    def mean_length(self) -> Fraction:
+        """Tokens of a place on average over an epoch, without heads and filling."""
+        return Fraction(self._tokens.size, len(self))
+
     def document(self, place: int) -> int:
         """Which document has this place."""
         return int(np.searchsorted(self._first, place, side="right")) - 1
@@ -276,13 +308,13 @@ class _Pieces:
 class _Epochs:
     """Endless random access to pieces, in a new order each epoch: a Grain source.
 
-    An entry is a function of (seed, index) alone. Grain's own shuffle is not used because its
+    An entry is a function of (seed, part, index) alone. Grain's own shuffle is not used because its
     cipher walks a large domain: 5 ms per entry where only a handful are shuffled (0.2.18).
     """
 
-    def __init__(self, pieces: _Pieces, seed: int):
+    def __init__(self, pieces: _Pieces, seed: int, part: int = 0):
         self._pieces = pieces
-        self._seed = seed
+        self._seed, self._part = seed, part
         # Only a cache, of two: lanes cross from one epoch to the next at different times.
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -296,7 +328,7 @@ class _Epochs:
         return self._pieces.piece(place, int(first[self._pieces.document(place)]))
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        generator = np.random.default_rng([self._seed, epoch])
+        generator = np.random.default_rng([self._seed, epoch, self._part])
         order = generator.permutation(len(self._pieces))
         room, moves = self._pieces.room, self._pieces.moves
         first = np.where(moves, generator.integers(1, room + 1, moves.size), room)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from bdjax import corpus
+from bdjax import corpus, reading
 from bdjax.corpus import Document
 from bdjax.data import Tail
 
@@ -15,6 +15,10 @@ class Source:
     def documents(self) -> list[Document]:
         """All documents, before the split."""
         raise NotImplementedError
+
+    def weights(self) -> tuple[float, ...]:
+        """Each part's share of the training tokens, up to a common factor: one part."""
+        return (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class StandardLibrary(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(Source):
-    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt".
+    """UTF-8 text files, one document each; entries may be globs such as "books/*.txt.gz".
 
     first, last: take the bytes between these two fractions of each file, in whole characters.
     `TextFiles(paths=p, last=0.9)` and `TextFiles(paths=p, first=0.9)` share a file without overlap.
@@ -47,7 +51,72 @@ class TextFiles(Source):
 
     def documents(self) -> list[Document]:
         """The files' contents; errors name the file."""
-        return corpus.read_text_files(self.paths, self.first, self.last)
+        return reading.read_text_files(self.paths, self.first, self.last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLines(Source):
+    """One document per line: the text under `field`; globs, .gz and .zst as for `TextFiles`."""
+
+    paths: tuple[str, ...]
+    field: str = "text"
+
+    def documents(self) -> list[Document]:
+        """The lines' texts; errors name file and line."""
+        return reading.read_json_lines(self.paths, self.field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(Source):
+    """One document per row: the text in `column`; paths may be globs. pip install 'bdjax[data]'."""
+
+    paths: tuple[str, ...]
+    column: str = "text"
+
+    def documents(self) -> list[Document]:
+        """The rows' texts; errors name file and row."""
+        return reading.read_parquet(self.paths, self.column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A part of a mixture; `weight` is relative to those of the other parts."""
+
+    source: Source
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} must be above 0; type weight=1.0")
+        if isinstance(self.source, Mixture):
+            raise ValueError("source=Mixture inside a Mixture; list its parts in the outer one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Source):
+    """Several sources; each part's weight is its share of the training tokens.
+
+    A small part is repeated as often as its weight asks for. Evaluation reads every held-out
+    document of every part once, so its number does not depend on the weights.
+    """
+
+    parts: tuple[Weighted, ...]
+
+    def __post_init__(self):
+        if not self.parts:
+            raise ValueError("parts is empty; type parts=(Weighted(source=..., weight=1.0), ...)")
+
+    def documents(self) -> list[Document]:
+        """The documents of all parts, one part after the other."""
+        return [
+            document._replace(part=number)
+            for number, part in enumerate(self.parts)
+            for document in part.source.documents()
+        ]
+
+    def weights(self) -> tuple[float, ...]:
+        """The parts' weights."""
+        return tuple(part.weight for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +165,18 @@ class DataConfig:
     def documents(self) -> tuple[list[Document], list[Document]]:
         """Training and held-out documents.
 
-        Raises ValueError when a side is empty or a held-out text is a training text too.
+        Raises ValueError when a side is empty, for a mixture a side of one of its parts, and when
+        a held-out text is a training text too.
         """
         found = self.source.documents()
         if self.held_out is None:
-            return corpus.split_by_hash(found, self.held_out_fraction)
+            parts = range(len(self.source.weights()))
+            sides = [
+                corpus.split_by_hash([d for d in found if d.part == part], self.held_out_fraction)
+                for part in parts
+            ]
+            train, held_out = zip(*sides, strict=True)
+            return [d for side in train for d in side], [d for side in held_out for d in side]
         held_out = self.held_out.documents()
         names = {document.data: document.name for document in found if document.data}
         for document in held_out:

@@ -96,6 +96,7 @@ def train(
             config.seed,
             rows=own_rows(config.data.batch_size),
             lanes=config.data.lanes,
+            weights=config.data.source.weights(),
         )
         state = initial_state(config.seed, model, optimiser)
         begin = 0

@@ -17,8 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     # Leaves: nothing of bdjax.
     ("chips", "corpus", "display", "distributed", "hlo", "interrupts", "learning_rate", "manifest")
-    + ("metrics", "ngram", "overrides", "plots", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "layout", "parameters", "policies", "seeds"),
+    + (
+        "metrics",
+        "mixture",
+        "ngram",
+        "overrides",
+        "plots",
+        "sharding",
+        "stats",
+        "tokenizer",
+        "watchdog",
+    ),
+    ("attention", "checkpoint", "data", "layout", "parameters", "policies", "reading", "seeds"),
     ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),
     ("levels", "step"),
@@ -39,10 +49,13 @@ KNOWN_BY = {
     "grain": {"data"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},
+    "pyarrow": {"reading"},
+    "zstandard": {"reading"},
     "rich": {"cli", "display", "metrics"},
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
+WITHOUT_JAX += ("mixture", "reading")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdjax.corpus import Document, describe, read_text_files, split_by_hash, standard_library
+from bdjax.corpus import Document, describe, split_by_hash, standard_library
 from bdjax.data import (
     PackingConfig,
     Tail,
@@ -19,6 +19,7 @@ from bdjax.data import (
     padding_share,
     training_batches,
 )
+from bdjax.reading import read_text_files
 from bdjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdjax.corpus import read_text_files
 from bdjax.overrides import apply_overrides, from_json, to_json
+from bdjax.reading import read_text_files
 from bdjax.sources import DataConfig, StandardLibrary, TextFiles
 
 CLASSES = {cls.__name__: cls for cls in (DataConfig, StandardLibrary, TextFiles)}

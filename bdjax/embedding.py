@@ -32,6 +32,7 @@ class TokenEmbedding:
         shape, axes = (self.vocab_size, self.width), ("vocab", "embed_in")
         return {"embed": Parameter(shape=shape, axes=axes, init=init, role=Role.EMBEDDING)}
 
+    @jax.named_scope("embedding")
     def __call__(self, params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table in the compute dtype; ids outside it read its ends."""
         return _lookup(self, params["embed"], tokens)

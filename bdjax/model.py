@@ -228,30 +228,32 @@ class Layer(nn.Module):
             out = jnp.einsum("btd,dnh->btnh", h, self.weight(name), out_sharding=sharded)
             return out + self.weight(bias) if c.qkv_bias else out
 
-        h = rms_norm(x, self.weight("attn_norm"), c.norm_eps)
-        q = project(h, "wq", "heads", "bq")
-        k = project(h, "wk", "kv_heads", "bk")
-        v = project(h, "wv", "kv_heads", "bv")
-        if c.qk_norm:
-            q = rms_norm(q, self.weight("q_norm"), c.norm_eps)
-            k = rms_norm(k, self.weight("k_norm"), c.norm_eps)
-        q, k = rope(q, angles), rope(k, angles)
-        prefix = None
-        if cache is not None:
-            (cache_k, cache_v), seen = cache
-            prefix = Prefix(cache_k, cache_v, layer, seen)
-        mixed = attend(q, k, v, own, prefix, c.attention)
-        embed = spec("batch", "length", "embed")
-        out = jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
-        x = x + dropped(out, keys, c.dropout, 1 + 2 * layer)
-
-        h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
-        mlp = spec("batch", "length", "mlp")
-        gate = jnp.einsum("btd,df->btf", h, self.weight("w_gate"), out_sharding=mlp)
-        up = jnp.einsum("btd,df->btf", h, self.weight("w_up"), out_sharding=mlp)
-        down = jax.nn.silu(gate) * up
-        out = jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
-        return x + dropped(out, keys, c.dropout, 2 + 2 * layer), KeyValues(k, v)
+        with jax.named_scope("attention"):
+            h = rms_norm(x, self.weight("attn_norm"), c.norm_eps)
+            q = project(h, "wq", "heads", "bq")
+            k = project(h, "wk", "kv_heads", "bk")
+            v = project(h, "wv", "kv_heads", "bv")
+            if c.qk_norm:
+                q = rms_norm(q, self.weight("q_norm"), c.norm_eps)
+                k = rms_norm(k, self.weight("k_norm"), c.norm_eps)
+            q, k = rope(q, angles), rope(k, angles)
+            prefix = None
+            if cache is not None:
+                (cache_k, cache_v), seen = cache
+                prefix = Prefix(cache_k, cache_v, layer, seen)
+            mixed = attend(q, k, v, own, prefix, c.attention)
+            embed = spec("batch", "length", "embed")
+            out = jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
+            x = x + dropped(out, keys, c.dropout, 1 + 2 * layer)
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
+            mlp = spec("batch", "length", "mlp")
+            gate = jnp.einsum("btd,df->btf", h, self.weight("w_gate"), out_sharding=mlp)
+            up = jnp.einsum("btd,df->btf", h, self.weight("w_up"), out_sharding=mlp)
+            down = jax.nn.silu(gate) * up
+            out = jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
+            x = x + dropped(out, keys, c.dropout, 2 + 2 * layer)
+        return x, KeyValues(k, v)
 
 
 class Decoder(nn.Module):

@@ -60,7 +60,8 @@ def train_step(
     parts, grads = gradients(
         objective, model, state.params, row, dropout, pieces=optimiser.accumulate
     )
-    params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
+    with jax.named_scope("optimiser"):
+        params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
     ema = state.ema
     if ema is not None:
         ema = _average(optimiser.ema_decay, ema, params, state.optimiser.steps, inner.steps)

@@ -71,8 +71,18 @@ def logits(shapes) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def blockwise():
-    return buffers(train_step_text(Blockwise()))
+def text():
+    return train_step_text(Blockwise())
+
+
+@pytest.fixture(scope="module")
+def blockwise(text):
+    return buffers(text)
+
+
+@pytest.mark.parametrize("scope", ["embedding", "attention", "mlp", "optimiser"])
+def test_profiles_can_be_read_by_part(text, scope):
+    assert re.search(rf'op_name="[^"]*/{scope}/', text)
 
 
 def test_the_train_step_holds_no_square_of_scores(blockwise):

@@ -120,14 +120,13 @@ def test_the_drawn_share_is_the_closed_form():
     assert drawn == pytest.approx(5 / 8, abs=0.01)
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_xla_counts_the_same_products(views):
+def test_xla_counts_the_same_products():
     """One layer, dense attention, no remat: XLA's FLOPs of loss and gradient on CPU.
 
     The program multiplies all pairs instead of the visible ones, reads all entries instead of the
     scored ones, and computes the logits twice; elementwise work adds a few per cent.
     """
-    length, width, vocab = 64, 256, 512
+    length, width, vocab, views = 64, 256, 512, 2
     model = Model(
         decoder=DecoderConfig(
             num_layers=1,

@@ -25,19 +25,21 @@ class Cudnn:
         v: Float[Array, "B S K H"],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-        """As `Dense.attention`. The log-sum-exp is Dense's own, computed only where it is used.
+        """As `Dense.attention`, which serves odd lengths, as of a block of one, in its place.
 
-        Raises NotImplementedError for dtypes and sizes that cuDNN does not serve.
+        The log-sum-exp is Dense's own, computed only where it is used. Raises NotImplementedError
+        for dtypes and head_dim that cuDNN does not serve.
         """
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
                 f"cuDNN attention takes bfloat16 or float16, not {q.dtype}; use Dense()"
             )
-        if q.shape[1] % 2 or k.shape[1] % 2 or q.shape[3] % 8:
+        if q.shape[3] % 8:
             raise NotImplementedError(
-                f"cuDNN attention takes even lengths and head_dim in eights, not T={q.shape[1]} "
-                f"S={k.shape[1]} head_dim={q.shape[3]}; use Dense()"
+                f"cuDNN attention takes head_dim in eights, not {q.shape[3]}; use Dense()"
             )
+        if q.shape[1] % 2 or k.shape[1] % 2:
+            return Dense().attention(q, k, v, intervals)
         seen = intervals.mask(k.shape[1])
         # Zero weight times a NaN in padding would still be a NaN.
         used = seen.any(axis=1)[:, :, None, None]
@@ -46,7 +48,7 @@ class Cudnn:
             q, k_used, v_used, mask=seen[:, None], implementation="cudnn"
         )
         out = jnp.where(seen.any(axis=2)[:, :, None, None], out, 0)
-        return out, Dense().attention(q, k, v, intervals)[1]
+        return out, Dense().attention(q, k_used, v_used, intervals)[1]
 
     def prefix_attention(
         self,

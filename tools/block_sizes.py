@@ -127,6 +127,7 @@ def variance(args) -> None:
         job = f"{kind}-seed0"
         config = config_of(job, args.text)
         loaded = bdjax.load(args.out / job)
+        jax.set_mesh(config.mesh.build())
         documents, _ = config.documents()
         rows = training_batches(
             documents, config.tokenizer, config.packing(), config.data.batch_size, seed=7

@@ -38,9 +38,10 @@ LIMIT = 60
 
 
 @pytest.fixture(autouse=True)
-def no_hang():
+def no_hang(request):
     """The whole test process dies with all stacks if one of these tests hangs."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
+    limit = 15 * LIMIT if request.node.get_closest_marker("slow") else LIMIT
+    faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
 
@@ -279,8 +280,10 @@ def test_a_run_goes_on_from_mesh_to_mesh(config, tmp_path):
     found, wanted = logged(tmp_path / "run"), logged(straight.directory)
     assert [line["step"] for line in found] == list(range(1, 2 * len(MESHES) + 1))
     for one, other in zip(found, wanted, strict=True):
-        for name in other:
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (name, one["step"])
+        for name, value in other.items():
+            # Where a step had no block of some noise level there is no loss.
+            if isinstance(value, int | float):
+                assert one[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, one["step"])
 
 
 class stopped_after:

@@ -153,8 +153,9 @@ class Peers:
             # From here on this process speaks for itself.
             self._over.set()
             self._tell(jax.process_index(), f"ended with: {error or kind.__name__}")
-            # Process 0 takes the service with it: the others must have read this.
-            time.sleep(3 * self._pause)
+            if jax.process_index() == 0:
+                # It takes the service with it: the others must have read this.
+                time.sleep(3 * self._pause)
         self._over.set()
         self._thread.join()
         self._restore_abort()

@@ -4,6 +4,7 @@ It is written last and lists the size and CRC-32 of every other file, and its ow
 without it is a save that never finished; a folder that differs from it is damaged.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -95,8 +96,10 @@ def read(path: Path) -> dict:
     except ValueError as error:
         raise TornCheckpointError(f"{file} is damaged, expected JSON ({error})") from error
     ours = isinstance(manifest, dict)
-    if ours and "crc32" in manifest and manifest.pop("crc32") != checksum(manifest):
-        raise TornCheckpointError(f"{file} is damaged: its bytes have changed")
+    written = manifest.pop("crc32", None) if ours else None
+    changed = TornCheckpointError(f"{file} is damaged: its bytes have changed")
+    if written is not None and written != checksum(manifest):
+        raise changed
     if not ours or manifest.get("format") != FORMAT:
         raise CheckpointError(
             f'{file} is not ours: expected "format": "{FORMAT}"; type the folder of a bdjax run'
@@ -108,6 +111,8 @@ def read(path: Path) -> dict:
             f"{path} has checkpoint format {version}, and this bdjax reads format {FORMAT_VERSION};"
             + (" read it with the bdjax that wrote it" if older else " type pip install -U bdjax")
         )
+    if written is None:
+        raise changed
     kinds = {"step": int, "leaves": dict, "files": dict}
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind):
@@ -206,5 +211,9 @@ def _sync_folder(folder: Path) -> None:
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        # Some network file systems cannot, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(number)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -142,6 +143,12 @@ def test_a_save_that_failed_is_told_at_the_next_call_and_once(run, monkeypatch):
             checkpoints.save(3, fresh(3), CONFIG)
             with pytest.raises(CheckpointError, match="cable"):
                 checkpoints.save(4, fresh(4), CONFIG)
+            checkpoints.check()
+            checkpoints.save(4, fresh(4), CONFIG)
+            with pytest.raises(CheckpointError, match="of step 4.*cable"):
+                for _ in range(1000):
+                    checkpoints.check()
+                    time.sleep(0.02)
         checkpoints.check()
         checkpoints.save(4, fresh(4), CONFIG)
     assert Checkpoints(run).steps() == [2, 4]
@@ -251,6 +258,17 @@ def test_one_flipped_bit_is_noticed_or_means_nothing(run, seed):
     assert data == [{"position": step}]
     assert_equal(state, fresh(step))
     assert read_config(run) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step": 2', '"step": 3'), ('"data/0.json"', '"data/1.json"'), ('"crc32"', '"crc33"')],
+)
+def test_a_changed_manifest_is_damage(run, old, new):
+    file = latest(run) / "bdjax.json"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.warns(UserWarning, match="2.*is damaged.*reading .*1 instead"):
+        assert Checkpoints(run).restore(abstract())[0] == 1
 
 
 def test_a_checkpoint_gone_bad_makes_room_for_the_next(run):

@@ -24,6 +24,7 @@ from bdjax.interrupts import Interrupts
 from bdjax.metrics import Progress, Writer, cut_log
 from bdjax.optim import make_optimiser
 from bdjax.overrides import to_json, to_text
+from bdjax.prefetch import Prefetched
 from bdjax.sharding import own_rows
 from bdjax.speed import Profile, Speed, speed_of
 from bdjax.train_step import FiniteWatch, TrainState, initial_state, train_step
@@ -132,6 +133,7 @@ def train(
             _naming(directory),
             Interrupts() as interrupts,
             Watchdog(config.watchdog, directory) as watchdog,
+            Prefetched(data, depth=2) as data,
             _log(directory, begin, speed) as writer,
             Profile(profile, directory / "profile", say) as profiler,
             _progress(config.steps) as progress,

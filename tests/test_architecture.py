@@ -23,6 +23,7 @@ LAYERS = (
         "ngram",
         "overrides",
         "plots",
+        "prefetch",
         "sharding",
         "stats",
         "tokenizer",
@@ -55,7 +56,7 @@ KNOWN_BY = {
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("mixture", "reading")
+WITHOUT_JAX += ("mixture", "prefetch", "reading")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

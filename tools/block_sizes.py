@@ -111,8 +111,8 @@ def run(args) -> None:
 def variance(args) -> None:
     """Noise of the gradient given the text: exact counts against Bernoulli with 1/t.
 
-    At the trained weights of "<kind>-seed0", on one batch, over `--draws` noise draws: the trace of
-    the gradient's covariance over the squared norm of its mean, and the loss's standard deviation.
+    At the trained weights of each job, on one batch, over `--draws` noise draws: the trace of the
+    gradient's covariance over the squared norm of its mean, and the loss's standard deviation.
     """
     import jax
 
@@ -123,8 +123,7 @@ def variance(args) -> None:
     from bdjax.noise import Bernoulli, ExactCount
 
     found = {}
-    for kind in args.kinds:
-        job = f"{kind}-seed0"
+    for job in args.jobs:
         config = config_of(job, args.text)
         loaded = bdjax.load(args.out / job)
         jax.set_mesh(config.mesh.build())
@@ -132,7 +131,7 @@ def variance(args) -> None:
         rows = training_batches(
             documents, config.tokenizer, config.packing(), config.data.batch_size, seed=7
         )
-        batch = to_device(next(iter(rows)))
+        batch = to_device(next(rows), config.data.batch_size)
         size = config.objective.block_size.at(0)
         for name, draw in {"exact": ExactCount(), "bernoulli": Bernoulli()}.items():
             process = replace(config.objective.process, draw=draw)
@@ -157,13 +156,13 @@ def variance(args) -> None:
             trace = (square - n * norm) / (n - 1)
             # The mean's own noise is in its norm.
             signal = norm - trace / n
-            found[f"{kind} {name}"] = {
+            found[f"{job} {name}"] = {
                 "loss": float(np.mean(values)),
                 "loss_sd": float(np.std(values, ddof=1)),
                 "noise_to_signal": trace / signal,
                 "trace": trace,
             }
-            print(kind, name, found[f"{kind} {name}"], flush=True)
+            print(job, name, found[f"{job} {name}"], flush=True)
     (args.out / "variance.txt").write_text(json.dumps(found, indent=1))
 
 
@@ -230,7 +229,6 @@ def main() -> None:
         command.add_argument("--gpus", type=int, default=1)
         command.add_argument("--workers", type=int, default=2, help="processes per GPU")
         command.add_argument("--draws", type=int, default=64)
-        command.add_argument("--kinds", nargs="+", default=["4", "16"])
     command = commands.add_parser("table", help=table.__doc__)
     command.set_defaults(function=table)
     command.add_argument("folder", type=Path)

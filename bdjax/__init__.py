@@ -8,6 +8,7 @@ from bdjax.config import (
 )
 from bdjax.distributed import PeerError, start_processes
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.hf_tokenizer import HuggingFaceTokenizer, train_tokenizer
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
 from bdjax.model import DecoderConfig, Remat
@@ -34,6 +35,7 @@ from bdjax.sources import (
     TextFiles,
     Weighted,
 )
+from bdjax.tokenizer import ByteTokenizer, Tokenizer
 from bdjax.train_step import NonFiniteError
 from bdjax.trainer import TrainResult, train
 from bdjax.trainer import evaluate_model as evaluate
@@ -44,6 +46,7 @@ __all__ = [
     "EXACT_UP_TO",
     "Alignment",
     "BlockSize",
+    "ByteTokenizer",
     "CheckpointError",
     "CosineDecay",
     "DataConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "Evaluation",
     "EvaluationConfig",
     "Generation",
+    "HuggingFaceTokenizer",
     "JsonLines",
     "LanguageModel",
     "MeshConfig",
@@ -74,6 +78,7 @@ __all__ = [
     "Static",
     "TextFiles",
     "Threshold",
+    "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "Weighted",
@@ -86,4 +91,5 @@ __all__ = [
     "start_processes",
     "to_text",
     "train",
+    "train_tokenizer",
 ]

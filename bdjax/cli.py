@@ -47,6 +47,14 @@ example:
 """
 
 
+_TOKENIZER = """\
+Train a byte-level BPE on nine tenths of each file, and measure it on the last tenth.
+
+example:
+  bdjax tokenizer books/*.txt --vocab-size 4096 --out tokenizers/books
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bdjax", description="Block-diffusion language models in JAX."
@@ -160,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the noise draws (0)")
     evaluate.add_argument("--json", action="store_true", help="one JSON object")
+
+    tokenizer = command("tokenizer", _TOKENIZER)
+    tokenizer.add_argument("files", nargs="+", help="UTF-8 files, .gz and .zst too, or globs")
+    tokenizer.add_argument("--vocab-size", type=int, default=4096, help="ids, at most (4096)")
+    tokenizer.add_argument("--out", required=True, help="folder for tokenizer.json")
     return parser
 
 
@@ -353,6 +366,21 @@ def _evaluate(args) -> int:
     return 0
 
 
+def _tokenizer(args) -> int:
+    train, held_out = (
+        bdjax.TextFiles(paths=tuple(args.files), first=first, last=last).documents()
+        for first, last in ((0.0, 0.9), (0.9, 1.0))
+    )
+    made = bdjax.train_tokenizer(train, args.vocab_size, args.out)
+    size = sum(len(document.data) for document in held_out)
+    tokens = sum(made.encode(document.data).size for document in held_out)
+    print(f"{made.vocab_size} ids in {made.path}")
+    print(f"{size / tokens:.3f} bytes per token on {size} held-out bytes")
+    print("in TrainConfig, and mask_id=tokenizer.mask_id in the recipe:")
+    print(f"    tokenizer=bdjax.HuggingFaceTokenizer(path={made.path!r}, cut={made.cut!r})")
+    return 0
+
+
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning is a sentence to the user; where in the code it arose is not."""
     print(f"bdjax: warning: {clean_text(str(message))}", file=sys.stderr)
@@ -373,7 +401,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    run = {"train": _train, "plan": _plan, "sample": _sample, "evaluate": _evaluate}[args.command]
+    run = {
+        "train": _train,
+        "plan": _plan,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "tokenizer": _tokenizer,
+    }[args.command]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

@@ -1,6 +1,8 @@
 """What a run is: frozen objects composed in a Python file, checked when they are built."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -8,6 +10,7 @@ from bdjax import noise, objective
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig
 from bdjax.embedding import TokenEmbedding
+from bdjax.hf_tokenizer import FILE_NAME, HuggingFaceTokenizer
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.model import DecoderConfig, Llama3Scaling
 from bdjax.objective import Objective
@@ -25,7 +28,7 @@ from bdjax.sources import (
     Weighted,
 )
 from bdjax.step import Model
-from bdjax.tokenizer import ByteTokenizer
+from bdjax.tokenizer import ByteTokenizer, Tokenizer
 from bdjax.watchdog import WatchdogConfig
 from pallas_kernels import Blockwise, Cudnn, Dense
 
@@ -125,6 +128,7 @@ class TrainConfig:
     keep_every: int = 0
     watchdog: WatchdogConfig = WatchdogConfig()
     seed: int = 0
+    tokenizer: Tokenizer = ByteTokenizer()
 
     def __post_init__(self):
         if self.keep_every < 0:
@@ -185,11 +189,6 @@ class TrainConfig:
                 )
 
     @property
-    def tokenizer(self) -> ByteTokenizer:
-        """The run's tokenizer."""
-        return ByteTokenizer()
-
-    @property
     def vocab_size(self) -> int:
         """Rows of the embedding: the tokenizer's ids, padded."""
         return -(-self.tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
@@ -223,10 +222,11 @@ class TrainConfig:
         return self.data.documents()
 
     def build_model(self) -> Model:
-        """The network with embedding and readout; mask, BOS, CUT and unused ids are never drawn."""
+        """The network with embedding and readout; of ids without text only EOS is ever drawn."""
         t = self.tokenizer
+        sizes = t.token_bytes()
         unused = range(t.vocab_size, self.vocab_size)
-        banned = (t.mask_id, t.bos_id, t.cut_id, *unused)
+        banned = (*(i for i in range(t.vocab_size) if not sizes[i] and i != t.eos_id), *unused)
         c = self.model
         return Model(
             decoder=c,
@@ -265,16 +265,36 @@ _CLASSES = (
     CosineDecay,
     MeshConfig,
     EvaluationConfig,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
     WatchdogConfig,
 )
 
 
-def config_from_json(text: str) -> TrainConfig:
+def config_from_json(text: str, directory: str | Path | None = None) -> TrainConfig:
     """The config stored in a checkpoint, rebuilt from its own classes and nothing else.
 
-    Raises ValueError when the text is not such a config.
+    directory: the run, its `checkpoints` or one of them; the run's own tokenizer.json is then read
+    in place of the one that it was copied from. Raises ValueError when the text is not such a
+    config, or that file another than the config names.
     """
+    if directory is not None:
+        text = _with_own_tokenizer(text, Path(directory).absolute())
     config = from_json(text, {cls.__name__: cls for cls in _CLASSES})
     if not isinstance(config, TrainConfig):
         raise ValueError(f"expected a TrainConfig, got a {type(config).__name__}")
     return config
+
+
+def _with_own_tokenizer(text: str, directory: Path) -> str:
+    try:
+        found = json.loads(text)
+        tokenizer = found["tokenizer"]
+        own = tokenizer["type"] == HuggingFaceTokenizer.__name__
+    except (ValueError, TypeError, KeyError):
+        return text  # older than the field, or nothing that `from_json` reads
+    copies = [folder / FILE_NAME for folder in (directory, *directory.parents[:2])]
+    kept = next((copy for copy in copies if copy.is_file()), None)
+    if not own or kept is None:
+        return text
+    return json.dumps(found | {"tokenizer": tokenizer | {"path": str(kept)}})

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Int
 
 from bdjax.corpus import Document
 from bdjax.mixture import Mixed
-from bdjax.tokenizer import ByteTokenizer
+from bdjax.tokenizer import Tokenizer
 
 # Rows open at once in training, over all lanes. A full-length piece takes a row of its own, so it
 # takes many open rows before several document ends meet and share one. Restoring packs this many
@@ -132,7 +132,7 @@ def merge_states(states: Iterable[dict]) -> dict:
 
 def training_batches(
     documents: Sequence[Document],
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     packing: PackingConfig,
     batch_size: int,
     seed: int,
@@ -188,7 +188,7 @@ def training_batches(
 
 def evaluation_batches(
     documents: Sequence[Document],
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     packing: PackingConfig,
     batch_size: int,
     rows: Iterable[int] | None = None,
@@ -225,7 +225,7 @@ def padding_share(batches: Iterable[RowBatch]) -> float:
 
 def _parts(
     documents: Sequence[Document],
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     packing: PackingConfig,
     seed: int,
     weights: Sequence[float],
@@ -251,9 +251,7 @@ class _Pieces:
     Raises ValueError when no document holds a token.
     """
 
-    def __init__(
-        self, documents: Sequence[Document], tokenizer: ByteTokenizer, packing: PackingConfig
-    ):
+    def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer, packing: PackingConfig):
         encoded = [ids for d in documents if (ids := tokenizer.encode(d.data)).size]
         if not encoded:
             raise ValueError(
@@ -357,7 +355,7 @@ def _pack(
     )
 
 
-def _batch(rows: grain.IterDataset, tokenizer: ByteTokenizer, batch_size: int) -> grain.IterDataset:
+def _batch(rows: grain.IterDataset, tokenizer: Tokenizer, batch_size: int) -> grain.IterDataset:
     """Rows -> `RowBatch`es; missing rows of the last batch are empty."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")

@@ -41,7 +41,7 @@ def load(directory: str | Path, step: int | None = None) -> LanguageModel:
     Where that needs more devices than this machine has, on one: what a pod trained, a laptop
     samples. Raises CheckpointError for a missing, torn or foreign checkpoint.
     """
-    config = config_from_json(read_config(directory, step))
+    config = config_from_json(read_config(directory, step), directory)
     if config.mesh.devices > jax.device_count():
         config = replace(config, mesh=MeshConfig())
     model = config.build_model()

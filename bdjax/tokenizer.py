@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,67 @@ from jaxtyping import Int
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByteTokenizer:
+class Tokenizer:
+    """Base of the tokenizers: text to ids and back, exact about bytes.
+
+    Padding has no id: `bdjax.data` marks it by segment 0 and writes `eos_id` there.
+    """
+
+    @property
+    def bos_id(self) -> int:
+        """Heads every document."""
+        raise NotImplementedError
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        raise NotImplementedError
+
+    @property
+    def mask_id(self) -> int:
+        """Stands for a token that is not known yet."""
+        raise NotImplementedError
+
+    @property
+    def cut_id(self) -> int:
+        """Heads a piece that goes on with a document that was cut."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0..vocab_size-1."""
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
+        """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS."""
+        raise NotImplementedError
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        """The text of `ids`, without specials."""
+        raise NotImplementedError
+
+    def token_bytes(self) -> Int[np.ndarray, "V"]:
+        """How many bytes of UTF-8 each id stands for (int32)."""
+        raise NotImplementedError
+
+    def keep(self, folder: Path, write: bool) -> "Tokenizer":
+        """This tokenizer, with what it needs kept in a run's folder (if `write`): nothing."""
+        return self
+
+    def _known(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> Int[np.ndarray, "T"]:
+        """`ids` as an array. Raises ValueError for an id outside 0..vocab_size-1."""
+        ids = np.asarray(ids, np.int64)
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"id {wrong[0]} is not one of this tokenizer's: expected 0..{self.vocab_size - 1}; "
+                "decode with the tokenizer that the ids were made with"
+            )
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteTokenizer(Tokenizer):
     """Ids 0..255 are the bytes of UTF-8, the four ids above them are special.
 
     `cut_id` stands in place of BOS where a piece goes on with a document that was cut. Padding
@@ -36,13 +97,7 @@ class ByteTokenizer:
 
         Raises ValueError for an id outside 0..vocab_size-1.
         """
-        ids = np.asarray(ids, np.int64)
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
-            raise ValueError(
-                f"id {wrong[0]} is not one of this tokenizer's: expected 0..{self.vocab_size - 1}; "
-                "decode with the tokenizer that the ids were made with"
-            )
+        ids = self._known(ids)
         return ids[ids < self.bos_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:

@@ -82,8 +82,11 @@ def train(
                 f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
                 "or --run with another folder"
             )
+        tokenizer = config.tokenizer.keep(directory, write=jax.process_index() == 0)
+        config = replace(config, tokenizer=tokenizer)
         if saved:
-            _check_same(config, config_from_json(read_config(directory, saved[-1])), directory)
+            before = config_from_json(read_config(directory, saved[-1]), directory)
+            _check_same(config, before, directory)
         elif resume:
             say(f"{directory} holds no whole checkpoint: starting from step 0")
         train_documents, held_out = config.documents()

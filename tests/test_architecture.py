@@ -29,7 +29,17 @@ LAYERS = (
         "tokenizer",
         "watchdog",
     ),
-    ("attention", "checkpoint", "data", "layout", "parameters", "policies", "reading", "seeds"),
+    (
+        "attention",
+        "checkpoint",
+        "data",
+        "hf_tokenizer",
+        "layout",
+        "parameters",
+        "policies",
+        "reading",
+        "seeds",
+    ),
     ("cache", "embedding", "noise", "optim", "readout", "sources"),
     ("model", "objective"),
     ("levels", "step"),
@@ -51,12 +61,13 @@ KNOWN_BY = {
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},
     "pyarrow": {"reading"},
+    "tokenizers": {"hf_tokenizer"},
     "zstandard": {"reading"},
     "rich": {"cli", "display", "metrics"},
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("mixture", "prefetch", "reading")
+WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "reading")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

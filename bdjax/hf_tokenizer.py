@@ -1,0 +1,305 @@
+"""Byte-level BPE from a tokenizer.json of the Hugging Face library `tokenizers`, and training one.
+
+The library is an extra (`pip install 'bdjax[hf]'`); it is imported where text is encoded.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from bdjax.corpus import Document
+from bdjax.tokenizer import Tokenizer
+
+FILE_NAME = "tokenizer.json"
+SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "cut": "<|cut|>"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceTokenizer(Tokenizer):
+    """A byte-level BPE from a tokenizer.json; special tokens by their text or their number.
+
+    A number may lie beyond the file's vocabulary, which then grows. Without `cut`, BOS stands where
+    a document goes on. Special tokens spelled out in a text are plain text. `sha256`: that of the
+    file, if only this very file will do.
+
+    Raises ValueError for a file that is missing, is no byte-level BPE or has another sha256, for an
+    unknown special token, for a mask that is BOS, EOS or CUT, and without the library.
+    """
+
+    # Two places of one file are one tokenizer: `sha256` decides.
+    path: str = field(compare=False)
+    bos: str | int = SPECIALS["bos"]
+    eos: str | int = SPECIALS["eos"]
+    mask: str | int = SPECIALS["mask"]
+    cut: str | int | None = None
+    sha256: str | None = None
+
+    def __post_init__(self):
+        if self.sha256 not in (None, self._digest):
+            raise ValueError(
+                f"{self.path} is not the tokenizer that the config names: its sha256 is "
+                f"{self._digest}, expected {self.sha256}; put the file back, or type "
+                "tokenizer.sha256=none for a new run"
+            )
+        if self.mask_id in (self.bos_id, self.eos_id, self.cut_id):
+            raise ValueError(
+                f"mask={self.mask!r} is BOS, EOS or CUT too; type mask={len(self._pieces)} for an "
+                "id of its own"
+            )
+
+    @cached_property
+    def bos_id(self) -> int:
+        """Heads every document."""
+        return self._id("bos", self.bos)
+
+    @cached_property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        return self._id("eos", self.eos)
+
+    @cached_property
+    def mask_id(self) -> int:
+        """Stands for a token that is not known yet."""
+        return self._id("mask", self.mask)
+
+    @cached_property
+    def cut_id(self) -> int:
+        """Heads a piece that goes on with a document."""
+        return self.bos_id if self.cut is None else self._id("cut", self.cut)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The file's ids and the special ones beyond them."""
+        return 1 + max(len(self._pieces) - 1, *self._special_ids)
+
+    def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
+        """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS.
+
+        Raises ValueError for what is not UTF-8.
+        """
+        try:
+            text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+        except UnicodeError as error:
+            raise ValueError(f"the text cannot be encoded: it is not UTF-8 ({error})") from error
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        """The text of `ids`: specials are dropped, bytes that are not UTF-8 read U+FFFD.
+
+        Raises ValueError for an id outside 0..vocab_size-1.
+        """
+        ids = self._known(ids)
+        inside = ids[ids < len(self._pieces)]
+        return b"".join(self._pieces[i] for i in inside).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> Int[np.ndarray, "V"]:
+        """How many bytes of UTF-8 each id stands for, 0 for a special (int32)."""
+        sizes = np.zeros(self.vocab_size, np.int32)
+        sizes[: len(self._pieces)] = [len(piece) for piece in self._pieces]
+        return sizes
+
+    def keep(self, folder: Path, write: bool) -> "HuggingFaceTokenizer":
+        """This tokenizer with its `sha256`; if `write`, its file is copied into `folder`.
+
+        Raises ValueError when the folder has another tokenizer's file.
+        """
+        copy = folder / FILE_NAME
+        if copy.exists() and copy.read_bytes() != self._data:
+            raise ValueError(
+                f"{copy} is not {self.path}: the run in {folder} has another tokenizer; type "
+                f"tokenizer.path={copy} to go on with it, or --run with another folder"
+            )
+        if write and not copy.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = copy.with_suffix(".json.part")
+            part.write_bytes(self._data)
+            part.rename(copy)
+        return replace(self, sha256=self._digest)
+
+    @cached_property
+    def _data(self) -> bytes:
+        try:
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be read ({error.strerror}); type tokenizer.path= of a "
+                "tokenizer.json, or train one with bdjax tokenizer"
+            ) from error
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._data).hexdigest()
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._data)
+            _require_byte_level(found)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path} is no tokenizer.json of a byte-level BPE: {error}; train one with "
+                "bdjax tokenizer"
+            ) from error
+        return found
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of every id of the file; empty for specials and gaps."""
+        added = {token["id"]: token for token in self._json.get("added_tokens", [])}
+        found = {
+            i: bytes(_BYTE_OF[c] for c in t)
+            for t, i in _words(self._json).items()
+            if i not in added
+        }
+        for i, token in added.items():
+            found[i] = b"" if token["special"] else token["content"].encode()
+        for i in self._special_ids:
+            found[i] = b""
+        return [found.get(i, b"") for i in range(self._file_size)]
+
+    @cached_property
+    def _file_size(self) -> int:
+        added = [token["id"] for token in self._json.get("added_tokens", [])]
+        return 1 + max([*_words(self._json).values(), *added])
+
+    @cached_property
+    def _special_ids(self) -> tuple[int, ...]:
+        return (self.bos_id, self.eos_id, self.mask_id, self.cut_id)
+
+    @cached_property
+    def _library(self) -> Any:
+        _ = self._json
+        found = _tokenizers().Tokenizer.from_str(self._data.decode())
+        found.no_truncation()
+        found.no_padding()
+        # A text that spells a special token means its characters.
+        found.encode_special_tokens = True
+        return found
+
+    def _id(self, name: str, token: str | int) -> int:
+        if isinstance(token, int):
+            if token < 0:
+                raise ValueError(f"{name}={token} must not be negative; type {name}=0")
+            return token
+        known = _words(self._json) | {
+            added["content"]: added["id"] for added in self._json.get("added_tokens", [])
+        }
+        if token not in known:
+            added = [t["content"] for t in self._json.get("added_tokens", []) if t["special"]]
+            raise ValueError(
+                f"{name}={token!r} is no token of {self.path}; type tokenizer.{name}= one of its "
+                f"special tokens ({', '.join(added[:8]) or 'none'}) or the number {self._file_size}"
+            )
+        return known[token]
+
+
+def train_tokenizer(
+    documents: Sequence[Document], vocab_size: int, folder: str | Path
+) -> HuggingFaceTokenizer:
+    """A byte-level BPE of `vocab_size` ids at most, written to folder/tokenizer.json.
+
+    Ids 0 to 3 are BOS, EOS, the mask and CUT. Raises ValueError for fewer ids than the 256 bytes
+    and these, FileExistsError when the file is there, ValueError without the library.
+    """
+    least = 256 + len(SPECIALS)
+    if vocab_size < least:
+        raise ValueError(
+            f"--vocab-size {vocab_size} has no room for 256 bytes and {len(SPECIALS)} special "
+            f"tokens; type --vocab-size {least} or more"
+        )
+    path = Path(folder) / FILE_NAME
+    if path.exists():
+        raise FileExistsError(f"{path} exists; type --out with another folder")
+    library = _tokenizers()
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS.values()),
+        initial_alphabet=sorted(_BYTE_OF),
+        show_progress=False,
+    )
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            yield document.data.decode()
+
+    made.train_from_iterator(texts(), trainer=trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(made.to_str(pretty=True), encoding="utf-8")
+    return HuggingFaceTokenizer(path=str(path), cut=SPECIALS["cut"])
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise ValueError(
+            "a tokenizer.json needs the library tokenizers; type pip install 'bdjax[hf]'"
+        ) from error
+    return tokenizers
+
+
+def _words(found: dict[str, Any]) -> dict[str, int]:
+    return found["model"]["vocab"]
+
+
+def _require_byte_level(found: dict[str, Any]) -> None:
+    """Raises ValueError for a tokenizer whose tokens are not the text's bytes, each once."""
+    model = found["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"its model is {model['type']}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"{name} is {model[name]!r}, and must not be set")
+    if found.get("normalizer"):
+        raise ValueError(f"its normalizer ({found['normalizer']['type']}) changes the text")
+    steps = _flat(found.get("pre_tokenizer"), "pretokenizers")
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        raise ValueError("its pre-tokenizer has no ByteLevel")
+    for step in steps:
+        if step.get("add_prefix_space"):
+            raise ValueError("its add_prefix_space changes the text")
+        if step["type"] not in ("ByteLevel", "Split", "Digits") or (
+            step.get("behavior") == "Removed"
+        ):
+            raise ValueError(f"its pre-tokenizer {step['type']} may change the text")
+    for added in found.get("added_tokens", []):
+        if not added["special"] and (added["lstrip"] or added["rstrip"]):
+            raise ValueError(f"its token {added['content']!r} takes spaces away")
+    added = {token["content"] for token in found.get("added_tokens", [])}
+    strange = [word for word in model["vocab"] if word not in added and set(word) - set(_BYTE_OF)]
+    lacking = set(_BYTE_OF) - set(model["vocab"])
+    if strange or lacking:
+        raise ValueError(f"{len(lacking)} bytes and {len(strange)} tokens do not fit its alphabet")
+
+
+def _flat(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a nested sequence."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [one for inner in step[name] for one in _flat(inner, name)]
+
+
+def _alphabet() -> dict[str, int]:
+    """Character -> byte: visible bytes of Latin-1 are themselves, the others 256, 257 .."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+_BYTE_OF = _alphabet()

@@ -17,6 +17,8 @@ from pathlib import Path
 FORMAT = "bdjax checkpoint"
 FORMAT_VERSION = 2
 NAME = "bdjax.json"
+# What may be left of a save, or of a deletion, that never finished.
+_PARTS = ("arrays", "config.json", "data", f"{NAME}.part")
 _CHUNK = 1 << 22
 _READERS = 8
 
@@ -86,7 +88,7 @@ def read(path: Path) -> dict:
     """
     file = path / NAME
     if not file.exists():
-        if any(path.glob("arrays*")) or not any(path.iterdir()):
+        if all(child.name.startswith(_PARTS) for child in path.iterdir()):
             raise TornCheckpointError(f"{path} is a save that never finished (no {NAME})")
         raise CheckpointError(
             f"{path} was not written by bdjax (no {NAME}); type the folder of a bdjax run"

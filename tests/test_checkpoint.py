@@ -173,6 +173,14 @@ def test_the_newest_and_every_so_many_steps_stay(tmp_path):
     assert Checkpoints(tmp_path).steps() == [4, 8, 9, 10]
 
 
+def test_what_a_killed_process_left_goes_with_the_next_save(run):
+    oldest = run / "checkpoints" / "1"
+    (oldest / "bdjax.json").unlink()
+    shutil.rmtree(oldest / "arrays")
+    save(run, 3)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "3"]
+
+
 def test_folders_of_others_are_never_deleted(tmp_path):
     foreign = tmp_path / "checkpoints" / "1"
     foreign.mkdir(parents=True)
@@ -215,6 +223,10 @@ FAULTS = {
     ),
     "half a manifest": (lambda p: edited(p, files=None), "bdjax.json is damaged"),
     "deleted manifest": (lambda p: (p / "bdjax.json").unlink(), "a save that never finished"),
+    "half deleted": (
+        lambda p: ((p / "bdjax.json").unlink(), shutil.rmtree(p / "arrays")),
+        "a save that never finished",
+    ),
     "deleted config": (lambda p: (p / "config.json").unlink(), "config.json is missing"),
     "empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), "a save that never finished"),
 }

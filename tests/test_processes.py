@@ -1,5 +1,6 @@
 """Real processes on the CPU: the same numbers as one, the same stop, and no hang when one dies."""
 
+import json
 import os
 import re
 import signal
@@ -257,6 +258,28 @@ def test_a_fault_of_one_process_in_a_save(home, tmp_path, fault, codes, sentence
     assert tuple(code for code, _ in found) == codes, found
     assert re.search(sentence, found[0][1]), found[0][1]
     assert Checkpoints(run).steps() == []
+
+
+@pytest.mark.slow
+def test_all_pass_over_what_one_of_them_finds_damaged(home, tmp_path):
+    config = replace(long_config(home / "texts"), steps=6, checkpoint_every=3)
+    straight = train(config, tmp_path / "run", say=quiet)
+    wanted, _ = arrays(config, straight.directory)
+    # Each process checks every second file: this one is the second process's.
+    names = sorted(json.loads((tmp_path / "run/checkpoints/6/bdjax.json").read_text())["files"])
+    file = tmp_path / "run/checkpoints/6" / next(n for n in names[1::2] if n.startswith("arrays"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    words = ["--resume", "steps=6", "checkpoint_every=3", "mesh.data=2"]
+    with processes(home, tmp_path / "run", 2, *words) as children:
+        for number, child in enumerate(children):
+            code, said = ended(child)
+            assert code == 0 and "have changed; reading" in said, said
+            assert ("resumed from step 3" in said) == (number == 0)
+    found, _ = arrays(config, tmp_path / "run")
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ class Checkpoints:
         refused = gather(f"{call}/begin", self._clear(path))[0]
         if refused:
             raise CheckpointError(refused)
+        self._damaged = [other for other in self._damaged if other != path]
         try:
             response = ocp.save_checkpointables_async(path / "arrays", halves)
         except (ValueError, OSError) as error:

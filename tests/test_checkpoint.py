@@ -290,7 +290,9 @@ def test_a_checkpoint_gone_bad_makes_room_for_the_next(run):
             assert checkpoints.restore(abstract())[0] == 1
         checkpoints.save(2, fresh(2), CONFIG)
         checkpoints.save(3, fresh(3), CONFIG)
-        assert_equal(checkpoints.restore(abstract(), step=2)[1], fresh(2))
+    # Whole again, it is kept like any other.
+    assert Checkpoints(run).steps() == [2, 3]
+    assert_equal(Checkpoints(run).restore(abstract(), step=2)[1], fresh(2))
 
 
 def edited(path: Path, **changes):

@@ -155,6 +155,12 @@ class TrainConfig:
                 f"objective.block_size of {largest}; type data.row_length="
                 f"{-(-self.data.row_length // largest) * largest}, or data.aligned=false"
             )
+        uneven = [x for x in self.objective.block_size.sizes if largest % x]
+        if self.data.aligned and uneven:
+            raise ValueError(
+                f"objective.block_size of {uneven[0]} does not divide the largest of {largest}, to "
+                "which documents are aligned; type data.aligned=false, or block sizes that do"
+            )
         prompt = len(self.tokenizer.encode(self.evaluation.prompt)) + 1
         if self.evaluation.every and prompt >= self.data.row_length:
             raise ValueError(
@@ -246,13 +252,24 @@ _CLASSES = (
     Cudnn,
     Objective,
     objective.BlockSize,
+    objective.BlockStages,
+    objective.Ramp,
     noise.Absorbing,
     noise.ExactCount,
     noise.Bernoulli,
+    noise.Complement,
+    noise.Bound,
+    noise.Realised,
+    noise.Flat,
+    noise.Cart,
+    noise.Uniform,
+    noise.Beta,
     noise.Linear,
     noise.Cosine,
     noise.Polynomial,
     noise.LogLinear,
+    noise.Rescaled,
+    noise.Discrete,
     DataConfig,
     StandardLibrary,
     TextFiles,

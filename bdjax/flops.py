@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from bdjax.layout import clean_places
 from bdjax.model import DecoderConfig, Remat
-from bdjax.noise import ExactCount
+from bdjax.noise import Complement, ExactCount
 from bdjax.objective import Objective
 from bdjax.parameters import Role, count, is_parameter
 from bdjax.step import Model
@@ -74,20 +74,23 @@ def visible_pairs(
 def scored_share(objective: Objective, block_size: int) -> float:
     """Expected share of a view's trainable tokens that is scored.
 
-    (B + 1) / (2 B) for exact counts; for other draws the mean over 256 rows drawn on this host.
+    (B + 1) / (2 B) for exact counts, 1 / 2 for complementary pairs; for other draws the mean over
+    256 rows drawn on this host at step 0.
     """
     draw = getattr(objective.process, "draw", None)
     if draw is None:
         return 1.0
     if type(draw) is ExactCount:
         return (block_size + 1) / (2 * block_size)
+    if isinstance(draw, Complement):
+        return 0.5
     rows, length = 256, block_size * max(1, 256 // block_size)
     ones = jnp.ones((1, length), jnp.int32)
     places = jax.tree.map(lambda x: x[0], clean_places(ones, jnp.arange(length)[None], block_size))
     trainable = jnp.ones((length,), bool)
     keys = jax.random.split(jax.random.key(0), rows)
     strata = (jnp.arange(rows) + 0.5) / rows
-    masked = jax.jit(jax.vmap(lambda k, s: draw.masks(k, s, places, trainable).masked))
+    masked = jax.jit(jax.vmap(lambda k, s: draw.masks(k, s, places, trainable, 0, ones[0]).masked))
     return float(masked(keys, strata).mean())
 
 
@@ -120,7 +123,7 @@ def step_flops(
     matrices = layer_matrices(c)
     pairs = visible_pairs(objective, c.clean, documents, block_size)
     per_pair = c.num_heads * c.head_dim * c.num_layers
-    entries = share * objective.views * labels + (labels if objective.ar_weight > 0 else 0)
+    entries = share * objective.views * labels + (labels if objective.scores_ar else 0)
     vocabulary = model.readout.vocab_size * model.readout.width
 
     again = {

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from bdjax.data import RowBatch
 from bdjax.loss import token_losses
 from bdjax.noise import ExactCount
-from bdjax.objective import Batch, Objective, build_row, corruptions, places_of
+from bdjax.objective import Batch, Normaliser, Objective, build_row, corruptions, places_of
 from bdjax.seeds import Purpose, key_for
 from bdjax.sharding import from_host, own_rows, reshard, spec
 from bdjax.step import Model
@@ -128,12 +128,17 @@ def evaluate_batch(
 
 
 def scoring(objective: Objective) -> Objective:
-    """The objective as evaluation uses it: one view, drawn by the unbiased exact counts.
+    """The objective as evaluation uses it: one view, drawn by the unbiased exact counts, summed.
 
-    Training draws may be biased on purpose (clipped levels) or noisy; the bound is the same.
+    What training draws, weighs and divides by may be biased on purpose; the bound is the same.
     """
     process = replace(objective.process, draw=ExactCount())
-    return replace(objective, process=process, views=min(objective.views, 1))
+    return replace(
+        objective,
+        process=process,
+        views=min(objective.views, 1),
+        normaliser=Normaliser.TRAINABLE,
+    )
 
 
 def evaluate(
@@ -197,7 +202,7 @@ def evaluate(
         tokens=int(table[:, 2].sum()),
         bytes=int(table[:, 3].sum()),
         diffusion=_likelihood(table, 0) if objective.views else None,
-        ar=_likelihood(table, 1) if objective.ar_weight > 0 else None,
+        ar=_likelihood(table, 1) if objective.scores_ar else None,
     )
 
 

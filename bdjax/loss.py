@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from bdjax.levels import by_noise_level
 from bdjax.objective import (
@@ -91,11 +91,13 @@ def losses(
     return row_losses(model, params, row, dropout)
 
 
-def total(objective: Objective, parts: dict[str, Pair]) -> Float[Array, ""]:
-    """What is minimised: the diffusion mean plus ar_weight times the AR mean, nats per token."""
+def total(
+    objective: Objective, parts: dict[str, Pair], step: Int[Array, ""] | int = 0
+) -> Float[Array, ""]:
+    """What a step minimises: the diffusion mean plus ar_weight times the AR mean, nats."""
     loss = jnp.zeros(())
     if "diffusion" in parts:
         loss += parts["diffusion"].mean
     if "ar" in parts:
-        loss += objective.ar_weight * parts["ar"].mean
+        loss += objective.ar_weight_at(step) * parts["ar"].mean
     return loss

@@ -3,19 +3,41 @@
 One objective covers the published recipes; `bdjax.presets` lists what each changes.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from bdjax.block_size import BlockSize, BlockSizes, BlockStages
+from bdjax.draws import group_by
 from bdjax.layout import Places, clean_places, join, join_places, noisy_places
-from bdjax.noise import Corruption
+from bdjax.noise import Corruption, Process
+from bdjax.schedules import Ramp
 from bdjax.seeds import row_keys
-from bdjax.sharding import reshard
+from bdjax.sharding import per_shard, reshard
 from pallas_kernels import CleanMode
+
+__all__ = [
+    "Alignment",
+    "Batch",
+    "BlockSize",
+    "BlockStages",
+    "Normaliser",
+    "Objective",
+    "Ramp",
+    "Row",
+    "Scored",
+    "build_row",
+    "corruptions",
+    "next_token",
+    "output_rows",
+    "places_of",
+    "training_row",
+]
 
 
 class Batch(NamedTuple):
@@ -44,44 +66,9 @@ class Normaliser(Enum):
 
     TRAINABLE = "trainable"  # trainable tokens
     REAL = "real"  # all tokens but padding
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSize:
-    """Block size as a function of the step: `first`, doubled every `double_every` steps to `last`.
-
-    Data, never a shape: a curriculum compiles once.
-    """
-
-    first: int
-    last: int | None = None
-    double_every: int = 0
-
-    def __post_init__(self):
-        if self.first < 1:
-            raise ValueError(f"block size first={self.first} must be at least 1")
-        if self.double_every < 0:
-            raise ValueError(f"double_every={self.double_every} must be 0 (constant) or more")
-        if (self.last is None) != (self.double_every == 0):
-            raise ValueError(
-                f"a growing block size needs both last and double_every, got last={self.last} "
-                f"double_every={self.double_every}; type last={2 * self.first} double_every=1000"
-            )
-        if self.last is not None:
-            ratio = self.last / self.first
-            if ratio < 1 or int(ratio) & (int(ratio) - 1) or ratio != int(ratio):
-                raise ValueError(f"last={self.last} is not first={self.first} times a power of two")
-
-    @property
-    def largest(self) -> int:
-        """The largest block of the run: what packing aligns to and canvases are wide."""
-        return self.last or self.first
-
-    def at(self, step: Int[Array, ""] | int) -> Int[Array, ""]:
-        """The block size at a step."""
-        doublings = (self.largest // self.first).bit_length() - 1
-        grown = 0 if self.last is None else jnp.minimum(step // self.double_every, doublings)
-        return jnp.asarray(self.first, jnp.int32) << grown
+    MASKED = "masked"  # masked tokens of all views
+    PER_SAMPLE = "per_sample"  # each document's trainable tokens, then the number of documents
+    SELF = "self"  # the weights themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,24 +78,38 @@ class Objective:
     process: corruption of the noisy views. views: noisy copies per row (0 trains the clean stream
     alone). clean_stream: False leaves it out (MDLM). documents: blocks, mask and positions restart
     at every packed document; False treats the row as one text. ar_weight: next-token loss on the
-    clean stream, which needs the token-causal one.
+    clean stream, which needs the token-causal one; a number, or a `Ramp` over the steps.
     """
 
-    process: Any
-    block_size: BlockSize
+    process: Process
+    block_size: BlockSizes
     alignment: Alignment = Alignment.SAME_POSITION
     views: int = 1
     clean_stream: bool = True
     documents: bool = True
-    ar_weight: float = 0.0
+    ar_weight: float | Ramp = 0.0
     normaliser: Normaliser = Normaliser.TRAINABLE
 
     def __post_init__(self):
-        if self.views < 0 or self.ar_weight < 0:
-            raise ValueError(f"{self.views=} and {self.ar_weight=} must not be negative")
-        if self.views == 0 and self.ar_weight == 0:
-            raise ValueError("views=0 and ar_weight=0.0 leave nothing to train; type views=1")
-        if not self.clean_stream and self.ar_weight > 0:
+        ends = (self.ar_weight,)
+        if isinstance(self.ar_weight, Ramp):
+            ends = (self.ar_weight.first, self.ar_weight.last)
+        if self.views < 0:
+            raise ValueError(f"views={self.views} must not be negative; type views=1")
+        if not all(0 <= x < math.inf for x in ends):
+            raise ValueError(
+                f"ar_weight={self.ar_weight} must be finite and not negative; type ar_weight=0.5"
+            )
+        if self.views == 0 and not self.scores_ar:
+            raise ValueError(
+                f"views=0 and ar_weight={self.ar_weight} leave nothing to train; type views=1"
+            )
+        if self.process.paired and self.views % 2:
+            raise ValueError(
+                f"views={self.views} cannot be complementary pairs of process.draw=Complement; "
+                "type views=2"
+            )
+        if not self.clean_stream and self.scores_ar:
             raise ValueError(
                 f"ar_weight={self.ar_weight} scores the clean stream, which clean_stream=False "
                 "leaves out; type ar_weight=0.0 or clean_stream=True"
@@ -119,12 +120,22 @@ class Objective:
                 "leaves out; type alignment=same_position or clean_stream=True"
             )
 
+    @property
+    def scores_ar(self) -> bool:
+        """Whether the clean stream's next-token loss counts at any step."""
+        w = self.ar_weight
+        return max(w.first, w.last) > 0 if isinstance(w, Ramp) else w > 0
+
+    def ar_weight_at(self, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
+        """The factor of the next-token loss at a step."""
+        return self.ar_weight.at(step) if isinstance(self.ar_weight, Ramp) else self.ar_weight
+
     def check(self, clean: CleanMode) -> None:
         """Refuses a next-token loss that could see its label.
 
         Raises ValueError naming both fields.
         """
-        if self.ar_weight > 0 and clean is CleanMode.BLOCK and self.block_size.largest > 1:
+        if self.scores_ar and clean is CleanMode.BLOCK and self.block_size.largest > 1:
             raise ValueError(
                 f"objective.ar_weight={self.ar_weight} with model.clean=block leaks: a clean "
                 f"token sees the rest of its block of {self.block_size.largest}; type "
@@ -202,39 +213,84 @@ def next_token(batch: Batch, places: Places) -> Scored:
 
 
 def corruptions(
-    objective: Objective, batch: Batch, places: Places, key: Key[Array, ""]
+    objective: Objective,
+    batch: Batch,
+    places: Places,
+    key: Key[Array, ""],
+    step: Int[Array, ""] | int = 0,
 ) -> list[Corruption]:
-    """The noisy views of a batch; view v's noise is a function of (key, v, global row)."""
+    """The noisy views of a batch at a training step; a function of (key, view, global row)."""
     rows = batch.segment.shape[0]
-    drawn = []
+    process = objective.process
+    drawn: list[Corruption] = []
     for view in range(objective.views):
+        if process.paired and view % 2:
+            drawn.append(process.rest(drawn[-1], batch.tokens, places, batch.trainable))
+            continue
         own = jax.random.fold_in(key, view)
         order, jitter = jax.random.split(own)
         cell = jax.random.permutation(order, rows) + jax.random.uniform(jitter, (rows,))
         strata = reshard(cell / rows, "batch")
-        drawn.append(
-            objective.process.corrupt(
-                row_keys(own, rows), strata, batch.tokens, places, batch.trainable
-            )
-        )
+        keys = row_keys(own, rows)
+        drawn.append(process.corrupt(keys, strata, batch.tokens, places, batch.trainable, step))
     return drawn
+
+
+def normalised(
+    normaliser: Normaliser, batch: Batch, scored: Scored, views: int
+) -> tuple[Scored, Float[Array, ""]]:
+    """The entries of all views with their final weights, and what the sum is divided by."""
+    weight = jnp.where(scored.scored, scored.weight, 0.0)
+    entries = scored.scored.sum().astype(jnp.float32)
+    if normaliser is Normaliser.MASKED:
+        return scored._replace(weight=weight), entries
+    if normaliser is Normaliser.SELF:
+        # Mean weight 1 over the entries: the count stays a count.
+        weight *= entries / jnp.maximum(weight.sum(), 1e-30)
+        return scored._replace(weight=weight), entries
+    weight /= views
+    if normaliser is Normaliser.PER_SAMPLE:
+        sizes, samples = per_shard(
+            jax.vmap(_samples), (("batch", "length"),) * 2, (("batch", "length"), ("batch",))
+        )(batch.segment, batch.trainable)
+        weight /= jnp.tile(jnp.maximum(sizes, 1), (1, views))
+        return scored._replace(weight=weight), samples.sum().astype(jnp.float32)
+    counted = batch.segment != 0 if normaliser is Normaliser.REAL else batch.trainable
+    return scored._replace(weight=weight), counted.sum().astype(jnp.float32)
+
+
+def _samples(segment, trainable) -> tuple[Int[Array, "L"], Int[Array, ""]]:
+    """Trainable tokens of each token's document, and how many documents have any."""
+    groups = group_by(segment, trainable=trainable)
+    return groups.size[groups.ordinal], (groups.size > 0).sum()
 
 
 def build_row(objective: Objective, batch: Batch, block_size, views: list[Corruption]) -> Row:
     """The joined row [clean; view 1; view 2; ...] and the entries scored on it."""
     clean = places_of(objective, batch, block_size)
-    counted = batch.segment != 0 if objective.normaliser is Normaliser.REAL else batch.trainable
-    count = counted.sum().astype(jnp.float32)
-    ar = next_token(batch, clean) if objective.ar_weight > 0 else None
+    ar = next_token(batch, clean) if objective.scores_ar else None
     ar_count = jnp.zeros(()) if ar is None else ar.weight.sum()
     if not views:
-        return Row(batch.tokens, clean, None, ar, count, ar_count)
+        return Row(batch.tokens, clean, None, ar, jnp.zeros(()), ar_count)
     noisy = noisy_places(clean, len(views))
     events, labels, scored, weight = (jnp.concatenate(x, axis=1) for x in zip(*views, strict=True))
     offset = clean.stream.shape[1] if objective.clean_stream else 0
     rows, exists = output_rows(objective.alignment, clean, noisy, offset)
-    diffusion = Scored(rows, labels, scored & exists, weight / len(views))
+    diffusion = Scored(rows, labels, scored & exists, weight)
+    diffusion, count = normalised(objective.normaliser, batch, diffusion, len(views))
     if not objective.clean_stream:
         return Row(events, noisy, diffusion, ar, count, ar_count)
     tokens, places = join(batch.tokens, events), join_places(clean, noisy)
     return Row(tokens, places, diffusion, ar, count, ar_count)
+
+
+def training_row(
+    objective: Objective, batch: Batch, step: Int[Array, ""] | int, key: Key[Array, ""]
+) -> Row:
+    """What a training step runs on: the block size, noise and entries of that step.
+
+    The next-token entries weigh 1; `Objective.ar_weight_at` scales their sum.
+    """
+    size = objective.block_size.at(step)
+    places = places_of(objective, batch, size)
+    return build_row(objective, batch, size, corruptions(objective, batch, places, key, step))

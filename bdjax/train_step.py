@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from bdjax.levels import BINS
 from bdjax.loss import NOISE_LEVELS, Pair, total, watched_losses
-from bdjax.objective import Batch, Objective, Row, build_row, corruptions, places_of
+from bdjax.objective import Batch, Objective, Row, training_row
 from bdjax.optim import OptimConfig, Optimiser, OptimiserState
 from bdjax.seeds import Purpose, key_for, row_keys
 from bdjax.step import Model
@@ -51,21 +51,20 @@ def train_step(
     """
     size = objective.block_size.at(state.step)
     key = key_for(root, Purpose.CORRUPTION, state.step)
-    places = places_of(objective, batch, size)
-    row = build_row(objective, batch, size, corruptions(objective, batch, places, key))
+    row = training_row(objective, batch, state.step, key)
     dropout = None
     if model.decoder.dropout > 0:
         own = key_for(root, Purpose.DROPOUT, state.step)
         dropout = row_keys(own, batch.segment.shape[0])
     parts, grads = gradients(
-        objective, model, state.params, row, dropout, pieces=optimiser.accumulate
+        objective, model, state.params, row, dropout, state.step, pieces=optimiser.accumulate
     )
     with jax.named_scope("optimiser"):
         params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
     ema = state.ema
     if ema is not None:
         ema = _average(optimiser.ema_decay, ema, params, state.optimiser.steps, inner.steps)
-    loss = total(objective, parts)
+    loss = total(objective, parts, state.step)
     metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
     metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
     # The log takes floats: counts are exact up to 2^24 and close enough above.
@@ -79,6 +78,7 @@ def gradients(
     params,
     row: Row,
     dropout: Key[Array, "B"] | None = None,
+    step: Int[Array, ""] | int = 0,
     *,
     pieces: int = 1,
 ) -> tuple[dict[str, Pair], Any]:
@@ -90,7 +90,7 @@ def gradients(
 
     def loss_of(params, row, dropout):
         parts = watched_losses(model, params, row, dropout)
-        return total(objective, parts), parts
+        return total(objective, parts, step), parts
 
     slope = jax.value_and_grad(loss_of, has_aux=True)
     if pieces == 1:

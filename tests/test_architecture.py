@@ -16,34 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # needs a place here.
 LAYERS = (
     # Leaves: nothing of bdjax.
-    ("chips", "corpus", "display", "distributed", "hlo", "interrupts", "learning_rate", "manifest")
-    + (
-        "metrics",
-        "mixture",
-        "ngram",
-        "overrides",
-        "plots",
-        "prefetch",
-        "sharding",
-        "stats",
-        "tokenizer",
-        "watchdog",
-    ),
-    (
-        "attention",
-        "checkpoint",
-        "data",
-        "hf_tokenizer",
-        "layout",
-        "parameters",
-        "policies",
-        "reading",
-        "seeds",
-    ),
-    ("cache", "embedding", "noise", "optim", "readout", "sources"),
-    ("model", "objective"),
-    ("levels", "step"),
-    ("flops", "loss"),
+    ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
+    + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
+    + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
+    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "parameters", "policies")
+    + ("reading", "seeds"),
+    ("cache", "draws", "embedding", "optim", "readout", "sources"),
+    ("model", "noise"),
+    ("objective", "step"),
+    ("flops", "levels"),
+    ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
     ("generation", "plan", "speed"),
     ("trainer",),

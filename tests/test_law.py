@@ -44,7 +44,7 @@ from bdjax.layout import (
     window_places,
 )
 from bdjax.loss import losses, token_losses, total
-from bdjax.noise import Absorbing, Corruption
+from bdjax.noise import Absorbing, Corruption, Process
 from bdjax.objective import (
     Alignment,
     Batch,
@@ -421,14 +421,14 @@ class Velocity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
+class Flow(Process):
     """x_t = (1 - t) x_0 + t noise, one t per block; the network names noise - x_0."""
 
     def prior(self, keys):
         noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (CHANNELS,))))(keys)
         return jnp.concatenate([noise, jnp.ones((*noise.shape[:2], 1))], axis=-1)
 
-    def corrupt(self, keys, strata, tokens, places, trainable):
+    def corrupt(self, keys, strata, tokens, places, trainable, step):
         def one(key, segment, block, slot):
             own = jax.random.fold_in(jax.random.fold_in(key, segment), block)
             noise = jax.random.normal(jax.random.fold_in(key, slot), (CHANNELS,))

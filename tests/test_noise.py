@@ -99,12 +99,14 @@ class Table:
 
 
 @partial(jax.jit, static_argnums=0)
-def many(draw, seed, strata, places, trainable):
+def many(draw, seed, strata, places, trainable, step=0):
     """Masks of one row under as many keys as there are strata."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(strata.shape[0])
     )
-    drawn = jax.vmap(draw.masks, (0, 0, None, None))(keys, strata, places, trainable)
+    drawn = jax.vmap(draw.masks, (0, 0, None, None, None, None))(
+        keys, strata, places, trainable, step, places.position
+    )
     return drawn.masked, drawn.weight
 
 

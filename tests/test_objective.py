@@ -577,7 +577,7 @@ def test_denominators_count_what_the_normaliser_says(params):
 class Everything(Draw):
     """Masks every trainable token with weight 1."""
 
-    def masks(self, key, stratum, places, trainable):
+    def masks(self, key, stratum, places, trainable, step, tokens):
         return Masks(trainable, trainable.astype(jnp.float32))
 
 

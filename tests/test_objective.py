@@ -14,11 +14,21 @@ from tiny import MASK, VOCAB
 from bdjax import sharding
 from bdjax.layout import Places, clean_places, join_places, noisy_places
 from bdjax.loss import Pair, losses, token_losses, total
-from bdjax.noise import Absorbing, Corruption, Draw, Masks
+from bdjax.noise import (
+    Absorbing,
+    Bernoulli,
+    Beta,
+    Complement,
+    Corruption,
+    Draw,
+    Masks,
+    Ramp,
+)
 from bdjax.objective import (
     Alignment,
     Batch,
     BlockSize,
+    BlockStages,
     Normaliser,
     Objective,
     build_row,
@@ -597,7 +607,20 @@ def test_another_draw_is_another_class(params):
 
 REFUSED = {
     "views ar_weight": (default, {"views": 0}),
-    "views= ar_weight=": (default, {"views": -1}),
+    "views=-1 views=1": (default, {"views": -1}),
+    "ar_weight=nan ar_weight=0.5": (default, {"ar_weight": float("nan")}),
+    "ar_weight finite": (default, {"ar_weight": Ramp(first=1.0, last=-1.0, end=9)}),
+    "views=1 Complement views=2": (
+        default,
+        {"process": Absorbing(mask_id=MASK, draw=Complement())},
+    ),
+    "stages begins=(0,) begins=0,1000": (BlockStages, {"stages": (4, 8), "begins": (0,)}),
+    "stages begins=(0, 0)": (BlockStages, {"stages": (4, 8), "begins": (0, 0)}),
+    "stages=(0,) stages=4,8": (BlockStages, {"stages": (0,), "begins": (0,)}),
+    "begin=5 begin=0": (BlockSize, {"first": 4, "begin": 5}),
+    "draw.weight=Bound draw.weight=Flat": (Complement, {"draw": Bernoulli()}),
+    "begin end": (Ramp, {"first": 1.0, "last": 0.0, "begin": 5, "end": 5}),
+    "last_mean=1.0": (Beta, {"steps": 9, "last_mean": 1.0}),
     "ar_weight clean_stream": (default, {"clean_stream": False, "ar_weight": 0.5}),
     "alignment clean_stream": (
         default,

@@ -89,12 +89,34 @@ def curves(
     low, high = values.min(), np.quantile(values, 0.9)
     if line is not None:
         axes.axhline(line[0], color=INK, linewidth=1.0, linestyle=":")
-        axes.annotate(line[1], (0, line[0]), (4, -11), textcoords="offset points", color=INK)
+        axes.annotate(
+            line[1],
+            (0.99, line[0]),
+            (0, -11),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            color=INK,
+        )
         low = min(low, line[0])
     axes.set_ylim(low - 0.08 * (high - low), high)
     # Labels of neighbouring ends keep a line's distance.
     gap, place = 0.045 * (high - low), -np.inf
     for y, x, name, colour in sorted(ends):
+        if y > high:
+            # It has left the picture: it is named where it begins, with its lowest value.
+            across_x, up_y = lines[name]
+            axes.set_xlim(left=across_x[0] - 0.3 * (x - across_x[0]))
+            axes.annotate(
+                f"{name}  {min(up_y):.3f}",
+                (across_x[0], up_y[0]),
+                (-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                color=colour,
+            )
+            continue
         place = max(y, place + gap)
         text = f"{name}  {y:.3f}"
         axes.annotate(

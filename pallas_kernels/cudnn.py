@@ -1,7 +1,8 @@
 """cuDNN's flash attention under the mask as a bias: for short rows on an NVIDIA GPU, in 16 bits.
 
-It computes all T x S pairs and holds one 16-bit number for each, for all heads together. Measured
-inside a train step (H100, 64 rows of 2 x 256, 6 heads of 64, 2026-11-23): see `configs/`.
+It computes all T x S pairs and holds one 16-bit number for each, for all heads together. A train
+step of configs/tinyshakespeare.py takes 21.6 ms with it and 33.7 ms with `Dense` under full
+rematerialisation (H100, jax 0.11.2, 64 rows of 2 x 256, 6 heads of 64, 2026-11-23).
 """
 
 from dataclasses import dataclass

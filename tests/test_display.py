@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from bdjax import plots
 from bdjax.display import SLOT, Denoising, clean_text
 
 ATTACKS = {
@@ -91,3 +92,11 @@ def test_a_long_text_shows_its_end():
     live, final = out[: out.index("line49")], out[out.index("line49") + 6 :]
     assert "line46" in live and "line40" not in live
     assert "line0\n" in final and "line49" in final
+
+
+def test_curves_are_drawn_also_when_one_leaves_the_picture(tmp_path):
+    lines = {"up": ([1, 2, 3], [2.0, 1.0, 9.0]), "down": ([1, 2, 3], [3.0, 2.0, 1.5])}
+    plots.curves(lines, tmp_path / "c.png", across="step", up="nats", line=(1.2, "there"))
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no curve"):
+        plots.curves({}, tmp_path / "d.png", across="step", up="nats")

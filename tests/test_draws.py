@@ -10,6 +10,7 @@ import tiny
 from scipy import special
 from test_noise import ROWS, Table, assert_mean, blocks_of, lay_out, sample
 
+from bdjax import sharding
 from bdjax.draws import group_by, stratified
 from bdjax.layout import Places
 from bdjax.noise import (
@@ -28,7 +29,16 @@ from bdjax.noise import (
     Realised,
     Rescaled,
 )
-from bdjax.objective import BlockSize, Normaliser, Objective, build_row, corruptions, places_of
+from bdjax.objective import (
+    Batch,
+    BlockSize,
+    Normaliser,
+    Objective,
+    build_row,
+    corruptions,
+    places_of,
+    training_row,
+)
 
 ROW = "4,4,3,1"
 NODES, AREAS = np.polynomial.legendre.leggauss(400)
@@ -318,3 +328,28 @@ def test_nothing_to_score_is_nothing_under_every_normaliser():
         row = build_row(objective, nothing, 4, views)
         assert not np.asarray(row.diffusion.weight).any()
         assert np.isfinite(row.diffusion_count)
+
+
+SPREAD = {
+    "pairs": objective_of(Complement(), views=2, normaliser=Normaliser.PER_SAMPLE),
+    "resampled": objective_of(Bernoulli(low=0.3, resample=True), normaliser=Normaliser.SELF),
+    "levels": objective_of(
+        Bernoulli(law=Beta(steps=9), weight=Realised(), forced=(3,)), normaliser=Normaliser.MASKED
+    ),
+    "context": objective_of(Bernoulli(weight=Cart()), normaliser=Normaliser.REAL),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_rows_do_not_depend_on_the_mesh(name):
+    """P16 for what is drawn: masks, weights and counts of eight devices are those of one."""
+
+    @jax.jit
+    def run(batch, step):
+        return training_row(SPREAD[name], batch, step, jax.random.key(1))
+
+    one = run(BATCH, 4)
+    with jax.set_mesh(sharding.make_mesh(data=8)):
+        eight = run(Batch(*(sharding.reshard(x, "batch", "length") for x in BATCH)), 4)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        assert np.allclose(np.asarray(a), np.asarray(b), rtol=1e-6)

@@ -98,10 +98,11 @@ class PackingConfig:
 
 
 class TrainingBatches(Iterator[RowBatch]):
-    """Endless `RowBatch`es of the rows of some lanes, in the order of their numbers."""
+    """Endless `RowBatch`es of the rows of some of `total` lanes, in the order of their numbers."""
 
-    def __init__(self, lanes: dict[int, Iterator[RowBatch]]):
+    def __init__(self, lanes: dict[int, Iterator[RowBatch]], total: int):
         self._lanes = lanes
+        self._total = total
 
     def __next__(self) -> RowBatch:
         parts = [next(lane) for lane in self._lanes.values()]
@@ -109,25 +110,44 @@ class TrainingBatches(Iterator[RowBatch]):
 
     def get_state(self) -> dict:
         """Where every lane stands: JSON, without any token."""
-        return {"lanes": {str(number): lane.get_state() for number, lane in self._lanes.items()}}
+        lanes = {str(number): lane.get_state() for number, lane in self._lanes.items()}
+        return {"total": self._total, "lanes": lanes}
 
     def set_state(self, state: dict) -> None:
         """Goes to where `state` was taken, of which it needs the lanes that it has.
 
-        Raises ValueError when one of them is missing.
+        Raises ValueError when one of them is missing or the state is of another number of lanes.
         """
+        if state["total"] != self._total:
+            raise ValueError(
+                f"the saved data state has {state['total']} lanes, and this run has {self._total}; "
+                f"type data.lanes={state['total']}"
+            )
+        missing = [str(number) for number in self._lanes if str(number) not in state["lanes"]]
+        if missing:
+            raise ValueError(
+                f"the saved data state lacks the lanes {', '.join(missing)}: merge the states of "
+                "all processes"
+            )
         for number, lane in self._lanes.items():
-            if str(number) not in state["lanes"]:
-                raise ValueError(
-                    f"the saved data state has lanes {', '.join(state['lanes'])} and not {number}; "
-                    f"type data.lanes={len(state['lanes'])}"
-                )
             lane.set_state(state["lanes"][str(number)])
 
 
 def merge_states(states: Iterable[dict]) -> dict:
-    """One state of all lanes from those of several processes."""
-    return {"lanes": {name: lane for state in states for name, lane in state["lanes"].items()}}
+    """One state of all lanes from those of several processes, which may hold some of them twice.
+
+    Raises ValueError when two of them disagree.
+    """
+    merged: dict = {}
+    for state in states:
+        merged = merged or {"total": state["total"], "lanes": {}}
+        for name, lane in state["lanes"].items():
+            if merged["total"] != state["total"] or merged["lanes"].setdefault(name, lane) != lane:
+                raise ValueError(
+                    f"the data states of the processes disagree on lane {name} of "
+                    f"{state['total']}: they were not saved at one step"
+                )
+    return merged
 
 
 def training_batches(
@@ -166,12 +186,16 @@ def training_batches(
         )
     depth = batch_size // lanes
     asked = sorted(set(range(batch_size) if rows is None else rows))
+    if not asked or asked[0] < 0 or asked[-1] >= batch_size:
+        raise ValueError(f"rows={asked} must be some of 0..{batch_size - 1}")
     own = sorted({row // depth for row in asked})
     if asked != [lane * depth + row for lane in own for row in range(depth)]:
+        ends = [row for row in asked if row - 1 not in asked]
+        ends += [row + 1 for row in asked if row + 1 not in asked]
         raise ValueError(
             f"data.lanes={lanes} lanes of {depth} rows cannot be dealt to these processes: this "
             f"one holds {len(asked)} of {batch_size} rows; type data.lanes="
-            f"{batch_size // math.gcd(len(asked), depth)}"
+            f"{batch_size // math.gcd(depth, *ends)}"
         )
     parts, shares = _parts(documents, tokenizer, packing, seed, weights)
     open_rows = max(4, _OPEN_ROWS // lanes)
@@ -180,10 +204,11 @@ def training_batches(
         # A document that had no need of its last piece in an epoch leaves it empty.
         dealt = Mixed(parts, shares, first=number, stride=lanes)
         pieces = grain.MapDataset.source(dealt).filter(_holds_tokens)
-        packed = _pack(pieces, packing, open_rows, shuffle_seed=seed)
+        # Lanes that pack as many rows at once would all do so in the same step.
+        packed = _pack(pieces, packing, open_rows + number, shuffle_seed=seed)
         return iter(_batch(packed, tokenizer, depth))
 
-    return TrainingBatches({number: lane(number) for number in own})
+    return TrainingBatches({number: lane(number) for number in own}, lanes)
 
 
 def evaluation_batches(
@@ -209,6 +234,21 @@ def evaluation_batches(
         return batches
     own = sorted(set(rows))
     return (RowBatch(**{name: x[own] for name, x in batch.items()}) for batch in batches)
+
+
+def describe_rows(batch: RowBatch, tokenizer: Tokenizer) -> str:
+    """One line on the rows of a batch: how full they are, and how many pieces go on after a cut."""
+    heads = (batch["segment"] > 0) & (batch["position"] == 0)
+    cut = int((heads & (batch["tokens"] == tokenizer.cut_id)).sum())
+    if tokenizer.cut_id == tokenizer.bos_id:
+        where = "cuts are marked by BOS"
+    else:
+        where = f"{cut} go on after a cut"
+    rows, length = batch["tokens"].shape
+    return (
+        f"first {rows} rows of {length} tokens: {padding_share([batch]):.1%} padding, "
+        f"{int(heads.sum())} pieces, {where}"
+    )
 
 
 def padding_share(batches: Iterable[RowBatch]) -> float:

@@ -47,7 +47,8 @@ def train_step(
     """corrupt -> block_step -> readout -> objective -> optimiser; noise keyed by (root, step).
 
     Metrics: those of `Optimiser.update`, `loss` and its parts `loss_diffusion` and `loss_ar` (nats
-    per token), `loss_by_noise_*` (`bdjax.loss.NOISE_LEVELS`), `block_size`, `tokens` (scored).
+    per token), `loss_by_noise_*` (`bdjax.loss.NOISE_LEVELS`), `block_size`, `tokens` (scored),
+    `padding` (share of the rows).
     """
     size = objective.block_size.at(state.step)
     key = key_for(root, Purpose.CORRUPTION, state.step)
@@ -66,6 +67,7 @@ def train_step(
         ema = _average(optimiser.ema_decay, ema, params, state.optimiser.steps, inner.steps)
     loss = total(objective, parts, state.step)
     metrics |= {"loss": loss, "block_size": size, "tokens": batch.trainable.sum()}
+    metrics["padding"] = (batch.segment == 0).mean()
     metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
     # The log takes floats: counts are exact up to 2^24 and close enough above.
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)

@@ -16,7 +16,7 @@ import jax
 from bdjax import likelihood
 from bdjax.checkpoint import Checkpoints, NoSpaceError, read_config
 from bdjax.config import TrainConfig, check_seed, config_from_json
-from bdjax.data import evaluation_batches, merge_states, training_batches
+from bdjax.data import describe_rows, evaluation_batches, merge_states, training_batches
 from bdjax.display import clean_text
 from bdjax.distributed import Agreement, Peers
 from bdjax.generation import LanguageModel, generate
@@ -136,13 +136,15 @@ def train(
             _naming(directory),
             Interrupts() as interrupts,
             Watchdog(config.watchdog, directory) as watchdog,
-            Prefetched(data, depth=2) as data,
+            Prefetched(data, depth=4) as data,
             _log(directory, begin, speed) as writer,
             Profile(profile, directory / "profile", say) as profiler,
             _progress(config.steps) as progress,
         ):
             while done < config.steps and not asked:
                 rows = next(data)
+                if done == 0:
+                    say(describe_rows(rows, config.tokenizer))
                 speed.hand(done + 1, rows["segment"])
                 batch = likelihood.to_device(rows, config.data.batch_size)
                 state, metrics = profiler.step(done + 1, step, state, batch, root)

@@ -14,6 +14,7 @@ from bdjax.data import (
     Tail,
     _Epochs,
     _Pieces,
+    describe_rows,
     evaluation_batches,
     merge_states,
     padding_share,
@@ -302,13 +303,15 @@ def test_cuts_move_from_epoch_to_epoch():
 
 def test_epochs_are_whole_and_differ():
     count = 1024
-    stream = training_batches(numbered(count), TOKENIZER, PackingConfig(row_length=8), 64, seed=0)
+    stream = training_batches(
+        numbered(count), TOKENIZER, PackingConfig(row_length=8), 64, seed=0, lanes=1
+    )
     # A document fills a row and the rows packed at once divide the epoch, which is 16 batches.
     first, second = (contents(islice(stream, count // 64)) for _ in range(2))
     assert sorted(first) == sorted(second) == [d.data for d in numbered(count)]
     assert first != second
     packing = PackingConfig(row_length=8)
-    other = training_batches(numbered(count), TOKENIZER, packing, 64, seed=1)
+    other = training_batches(numbered(count), TOKENIZER, packing, 64, seed=1, lanes=1)
     assert contents(islice(other, count // 64)) not in (first, second)
 
 
@@ -335,6 +338,32 @@ def test_refusals():
     with pytest.raises(ValueError, match="2 lanes of 4 rows cannot .* 2 of 8 rows; type .*lanes=4"):
         training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=2, rows=[2, 3])
     training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=4, rows=[2, 3])
-    missing = training_batches(documents, TOKENIZER, packing, 4, seed=0, rows=[0, 1]).get_state()
-    with pytest.raises(ValueError, match="has lanes 0, 1 and not 2"):
-        training_batches(documents, TOKENIZER, packing, 4, seed=0).set_state(missing)
+    with pytest.raises(ValueError, match="2 lanes of 4 rows .*type .*lanes=8"):
+        training_batches(documents, TOKENIZER, packing, 8, seed=0, lanes=2, rows=[1, 2])
+    with pytest.raises(ValueError, match=r"rows=\[9\] must be some of 0\.\.7"):
+        training_batches(documents, TOKENIZER, packing, 8, seed=0, rows=[9])
+
+
+def test_states_of_other_lanes_are_refused():
+    def start(**options):
+        packing = PackingConfig(row_length=8)
+        return training_batches(numbered(9), TOKENIZER, packing, 4, seed=0, **options)
+
+    half, other = start(rows=[0, 1]), start(rows=[2, 3])
+    with pytest.raises(ValueError, match="lacks the lanes 2, 3"):
+        start().set_state(half.get_state())
+    with pytest.raises(ValueError, match="has 4 lanes, and this run has 2; type data.lanes=4"):
+        start(lanes=2).set_state(start().get_state())
+    again = start(rows=[0, 1])
+    assert merge_states([half.get_state(), again.get_state(), other.get_state()])["total"] == 4
+    next(again)
+    with pytest.raises(ValueError, match="disagree on lane 0 of 4"):
+        merge_states([half.get_state(), again.get_state()])
+
+
+def test_rows_are_described():
+    packing = PackingConfig(row_length=8)
+    documents = as_documents([b"abcdefghij", b"kl"])
+    (batch,) = evaluation_batches(documents, TOKENIZER, packing, 3)
+    said = describe_rows(batch, TOKENIZER)
+    assert said == "first 3 rows of 8 tokens: 29.2% padding, 3 pieces, 1 go on after a cut"

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from bdjax import sharding
 from bdjax.learning_rate import Decay, Schedule, StableDecay, learning_rate
-from bdjax.parameters import Parameter, Role, Table, map_table
+from bdjax.muon import scale_by_muon
+from bdjax.parameters import Role, Table, map_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,9 @@ def make_optimiser(config: OptimConfig, table: Table, total_steps: int) -> Optim
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     rule = adam
     if config.muon:
-        rule = optax.partition({True: _muon(config, table), False: adam}, _matrices(table))
+        muon = scale_by_muon(table, momentum=config.muon_momentum)
+        matrices = map_table(lambda p: p.role is Role.MATRIX, table)
+        rule = optax.partition({True: muon, False: adam}, matrices)
     decayed = map_table(lambda p: p.role in config.decayed, table)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
     rate = learning_rate(
@@ -182,46 +185,3 @@ def make_optimiser(config: OptimConfig, table: Table, total_steps: int) -> Optim
         accumulate=config.accumulate,
         ema_decay=config.ema_decay,
     )
-
-
-def _matrices(table: Table):
-    return map_table(lambda p: p.role is Role.MATRIX, table)
-
-
-def _muon(config: OptimConfig, table: Table) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum times 0.2 sqrt(max(inputs, outputs)).
-
-    Four Newton-Schulz steps after AOL rescaling (Boissin et al. 2025) give the singular values
-    that five give after Frobenius scaling, in four fifths of the time.
-    """
-
-    def is_matrix(p: Parameter) -> bool:
-        return p.role is Role.MATRIX
-
-    def axes(p: Parameter):
-        # partition() hides the other rule's leaves behind this node.
-        return _dimensions(p) if is_matrix(p) else optax.MaskedNode()
-
-    def size(p: Parameter):
-        if not is_matrix(p):
-            return optax.MaskedNode()
-        dimensions = _dimensions(p)
-        inputs = math.prod(p.shape[i] for i in dimensions.reduction_axis)
-        outputs = math.prod(p.shape[i] for i in dimensions.output_axis)
-        return 0.2 * math.sqrt(max(inputs, outputs))
-
-    orthogonal = optax.contrib.scale_by_muon(
-        beta=config.muon_momentum,
-        ns_steps=4,
-        preconditioning="aol",
-        weight_dimension_numbers=map_table(axes, table),
-    )
-    sizes = map_table(size, table)
-    scaled = optax.stateless(lambda d, _: jax.tree.map(lambda x, s: x * s, d, sizes))
-    return optax.chain(orthogonal, scaled)
-
-
-def _dimensions(p: Parameter) -> optax.contrib.MuonDimensionNumbers:
-    """Inputs and outputs of a matrix; a "layers" axis is neither, each layer is its own matrix."""
-    outputs = (i for i, axis in enumerate(p.axes) if i not in p.contracted and axis != "layers")
-    return optax.contrib.MuonDimensionNumbers(p.contracted, tuple(outputs))

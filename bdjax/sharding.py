@@ -5,6 +5,7 @@
 same code runs on a laptop in a plain shell.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -146,6 +147,42 @@ def per_shard(function: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(
         function, in_specs=specs(in_specs), out_specs=specs(out_specs), check_vma=False
     )
+
+
+def by_layer(function: Callable, *meanings: str | None) -> Callable:
+    """`function` of a stack of layers, computed by whole layers, each device its share of them.
+
+    `function` maps (n, ...) to (n, ...) for any n, each entry by itself; the stack's first axis is
+    the layers and `meanings` says how it is laid out, before and after. The layers are padded with
+    zeros to a multiple of the devices. For each sharded axis there is one all-to-all in and one
+    out; over the mesh axes that replicate the stack, a slice in and an all-gather out.
+    Without a mesh it is `function` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1)
+    if not devices:
+        return function
+    cut = [() if m is None else mesh_axes(m) for m in meanings]
+    exchanges = [(axes, dim) for dim, axes in enumerate(cut) if axes and dim > 0]
+    copies = tuple(a for a in devices if not any(a in axes for axes in cut))
+    pieces = math.prod(mesh.shape[a] for a in devices if a not in cut[0])
+
+    def inner(x: jax.Array) -> jax.Array:
+        layers = x.shape[0]
+        x = jnp.pad(x, ((0, -layers % pieces), *((0, 0),) * (x.ndim - 1)))
+        for axes, dim in exchanges:
+            x = jax.lax.all_to_all(x, axes, 0, dim, tiled=True)
+        if copies:
+            own = x.shape[0] // math.prod(mesh.shape[a] for a in copies)
+            x = jax.lax.dynamic_slice_in_dim(x, own * jax.lax.axis_index(copies), own)
+        x = function(x)
+        if copies:
+            x = jax.lax.all_gather(x, copies, axis=0, tiled=True)
+        for axes, dim in reversed(exchanges):
+            x = jax.lax.all_to_all(x, axes, dim, 0, tiled=True)
+        return x[:layers]
+
+    return per_shard(inner, (meanings,), meanings)
 
 
 def psum(x, meanings: Sequence[str]):

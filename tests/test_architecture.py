@@ -21,8 +21,8 @@ LAYERS = (
     + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
     ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "parameters", "policies")
     + ("reading", "seeds"),
-    ("cache", "draws", "embedding", "optim", "readout", "sources"),
-    ("model", "noise"),
+    ("cache", "draws", "embedding", "muon", "readout", "sources"),
+    ("model", "noise", "optim"),
     ("objective", "step"),
     ("flops", "levels"),
     ("loss",),
@@ -37,7 +37,7 @@ LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer
 # What only these files know of: replacing a dependency touches one file.
 KNOWN_BY = {
     "orbax": {"checkpoint"},
-    "optax": {"optim"},
+    "optax": {"muon", "optim"},
     "flax": {"model"},
     "grain": {"data"},
     "tensorboardX": {"metrics"},

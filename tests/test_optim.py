@@ -71,7 +71,7 @@ def test_muon_takes_the_matrices_and_adam_the_rest():
     params = parameters()
     state = make_optimiser(OptimConfig(muon=True), TABLE, 10).init(params)
     muon, adam = (state.inner[0].inner_states[key].inner_state for key in (True, False))
-    assert set(named(muon[0].mu)) == MATRICES
+    assert set(named(muon.mean)) == MATRICES
     assert set(named(adam.mu)) == set(named(params)) - MATRICES
 
 

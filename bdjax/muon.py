@@ -3,6 +3,19 @@
 A stack of matrices (layers, ...) is sharded along inputs and outputs, where products would gather
 it again and again. Layers are independent, so whole ones are handed out instead: one exchange in,
 Newton-Schulz without any collective, one exchange out (`sharding.by_layer`).
+
+One update of a trunk of 8 layers (width 256, 7 stacks of matrices, 23.6 MB) compiled for virtual
+CPU devices, per device, before (optax's rule, collectives chosen by XLA) -> now; bytes as
+`bdjax.hlo` counts them, in units of those 23.6 MB. `pytest tests/test_muon.py` counts a smaller
+one; 2026-11-23, jax 0.10.2.
+
+    fsdp=4              112 all-gathers and 26 all-reduces, 17.1 -> 14 all-to-alls, 0.5
+    fsdp=2, tensor=2    314 of three kinds, 13.9                 -> 28 all-to-alls, 1.0
+    all axes 2          426 of three kinds, 14.9                 -> 28 all-to-alls, 7 gathers, 1.25
+    data=4              none                                     -> 7 all-gathers, 1.0
+    GFLOP in that order: 8.3 -> 7.3, 7.3 -> 7.3, 5.2 -> 3.7, 29.0 -> 7.4
+
+Layers are padded to a multiple of the devices: with more devices than layers the rest idle.
 """
 
 import math
@@ -84,12 +97,13 @@ def orthogonalised(p: Parameter, x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def newton_schulz(x: Float[Array, "L m n"]) -> Float[Array, "L m n"]:
-    """Each matrix with its singular values brought near 1, its singular vectors kept.
+    """Each matrix, its rows rescaled, with its singular values brought near 1.
 
-    STEPS times X <- a X + b (X X^T) X + c (X X^T)^2 X with (a, b, c) = COEFFICIENTS, Jordan's
-    quintic ("Muon", 2024), from X scaled by S = diag(sum_j |X X^T|_ij)^(-1/2), which bounds its
-    norm by 1 (almost orthogonal layers, Prach & Lampert 2022; Boissin et al. 2025 for Muon). Four
-    steps after that scaling do what five do after Frobenius's, in four fifths of the time.
+    With (a, b, c) = COEFFICIENTS, X <- a X + b (X X^T) X + c (X X^T)^2 X is done STEPS times: the
+    quintic of Jordan et al. 2024 ("Muon"), each step on the shorter side. It begins from S X with
+    S = diag(sum_j |X X^T|_ij)^(-1/2), whose norm is at most 1 (almost orthogonal layers, Prach &
+    Lampert 2022; Boissin et al. 2025 for Muon): four steps then do what five do after Frobenius's
+    scaling, in four fifths of the time. S changes the singular vectors a little.
     """
     if x.shape[1] > x.shape[2]:
         return newton_schulz(x.mT).mT

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from bdjax import sharding
 from bdjax.learning_rate import Decay, Schedule, StableDecay, learning_rate
 from bdjax.muon import scale_by_muon
 from bdjax.parameters import Role, Table, map_table
@@ -111,18 +109,6 @@ class Optimiser:
         norm of the weights (0 while these are zero). A gradient that holds an inf or a NaN changes
         nothing but the two counts.
         """
-        if not sharding.has_mesh():
-            return self._step(grads, state, params)
-        # Newton-Schulz multiplies sharded by sharded axes, which explicit axes refuse: XLA
-        # chooses the collectives in here, and the outputs come back as the inputs were.
-        like = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, state))
-        names = ["grad_norm", "learning_rate", "skipped_steps", "skipped_in_a_row"]
-        names += [f"update_ratio/{role.value}" for role in dict.fromkeys(self.roles)]
-        scalars = dict.fromkeys(names, PartitionSpec())
-        step = jax.sharding.auto_axes(self._step, out_sharding=(*like, scalars))
-        return step(grads, state, params)
-
-    def _step(self, grads, state: OptimiserState, params):
         norm = optax.tree.norm(grads)
         scale = jnp.minimum(1.0, self.clip_norm / norm)
         rate = self.rate(state.steps)

@@ -6,9 +6,10 @@ Newton-Schulz without any collective, one exchange out (`sharding.by_layer`).
 
 One compiled update, per device, before (optax's rule, collectives chosen by XLA) -> now; bytes as
 `bdjax.hlo` counts them, in units of all matrices (23.6 MB): `jax.jit(make_optimiser(OptimConfig(
-muon=True), table, 10).update)` for the table of `DecoderConfig(num_layers=8, width=256, num_heads=4,
-num_kv_heads=2, head_dim=64, mlp_width=704)`, XLA_FLAGS=--xla_force_host_platform_device_count=8,
-2026-11-23, jax 0.10.2. tests/test_muon.py counts a smaller one.
+muon=True), table, 10).update)` for the table of `DecoderConfig(num_layers=8, width=256,
+num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=704)`,
+XLA_FLAGS=--xla_force_host_platform_device_count=8, 2026-11-23, jax 0.10.2.
+tests/test_muon.py counts a smaller one.
 
     fsdp=4              112 all-gathers and 26 all-reduces, 17.1 -> 14 all-to-alls, 0.5
     fsdp=2, tensor=2    314 of three kinds, 13.9                 -> 28 all-to-alls, 1.0

@@ -61,7 +61,7 @@ def loss_curve(
 
 
 def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]],
     path: str | Path,
     *,
     across: str,

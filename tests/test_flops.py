@@ -120,6 +120,7 @@ def test_the_drawn_share_is_the_closed_form():
     assert drawn == pytest.approx(5 / 8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_xla_counts_the_same_products():
     """One layer, dense attention, no remat: XLA's FLOPs of loss and gradient on CPU.
 

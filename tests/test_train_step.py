@@ -56,7 +56,7 @@ SLOW = pytest.mark.slow
 PIECES = [
     (4, {}),
     (2, {"data": 2, "fsdp": 2, "tensor": 2}),
-    (1, {"data": 8}),
+    pytest.param(1, {"data": 8}, marks=SLOW),
     pytest.param(1, {"data": 4, "tensor": 2}, marks=SLOW),
     pytest.param(1, {"fsdp": 4}, marks=SLOW),
     pytest.param(1, {"fsdp": 4, "tensor": 2}, marks=SLOW),

@@ -1,9 +1,9 @@
 """A block-diffusion model of Python source, small enough for two CPU cores.
 
 make demo
-Two CPU cores, jax 0.10.2, 2026-11-23: 175 s of training, 229 s in all; 2.549 +- 0.012 bits/byte
-(bound, block size 4) on the held-out standard library of Python 3.11.7, byte trigram 2.736.
-H100, jax 0.11.2, Python 3.12's library, four runs side by side: 2.476 +- 0.012, trigram 2.691.
+Two CPU cores, jax 0.10.2, 2026-11-23: 202 s in all; 2.541 +- 0.012 bits/byte (bound, block size 4)
+on the held-out standard library of Python 3.11.7, byte trigram 2.736.
+H100, jax 0.11.2, Python 3.12's library, before cuts moved and lanes: 2.476 +- 0.012, trigram 2.691.
 """
 
 from bdjax import (

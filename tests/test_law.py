@@ -236,9 +236,15 @@ SIZES = {
     "three": np.full((4, 3), 3),
     "per document": np.array([[4, 2, 3], [3, 4, 2], [4, 3, 3], [2, 4, 4]]),
 }
-# Every implementation with both clean modes at three views, fewer views once per implementation.
-CASES = [(impl, clean, 3) for impl in (DENSE, TILES) for clean in CleanMode]
-CASES += [(DENSE, CleanMode.TOKEN, 1), (TILES, CleanMode.BLOCK, 2)]
+# Every implementation, both clean modes and one to three views; all combinations are slow.
+CASES = [(DENSE, CleanMode.TOKEN, 3), (DENSE, CleanMode.BLOCK, 1), (TILES, CleanMode.BLOCK, 2)]
+CASES += [
+    pytest.param(impl, clean, views, marks=pytest.mark.slow)
+    for impl in (DENSE, TILES)
+    for clean in CleanMode
+    for views in (1, 2, 3)
+    if (impl, clean, views) not in CASES
+]
 
 
 def named(x):

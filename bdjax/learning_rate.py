@@ -1,6 +1,7 @@
 """The learning rate as a function of the step: a warm-up, and how the rest falls."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +12,12 @@ Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decay:
+class Decay(ABC):
     """Base of the shapes after the warm-up."""
 
+    @abstractmethod
     def fallen(self, step: Float[Array, ""], warmup: int, total_steps: int) -> Float[Array, ""]:
         """0 at the peak, 1 at the final rate; `step` counts from 0 and is at least `warmup`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

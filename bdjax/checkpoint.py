@@ -80,6 +80,13 @@ class Checkpoints:
         """Steps of the whole checkpoints, rising."""
         return [int(path.name) for path in self._whole()]
 
+    def check_readable(self) -> None:
+        """Raises CheckpointError when saves were finished here and none of them can be read."""
+        folders = manifest.numbered(self._run / "checkpoints")
+        finished = [path for path in folders if (path / "bdjax.json").exists()]
+        if finished and not self._whole():
+            manifest.read(finished[-1])
+
     def save(self, step: int, state: Any, config_json: str, data_state: dict | None = None) -> None:
         """Starts to write the arrays of `state`, a dict or NamedTuple with `params`.
 
@@ -221,7 +228,8 @@ class Checkpoints:
             files = {name: size for share in shares for name, size in json.loads(share).items()}
             self._agreed(f"{call}/whole", lambda: whole(files))
         except Exception:
-            if first:
+            # What fails after the manifest is in place, pruning say, leaves a whole checkpoint.
+            if first and condition(path) is not Condition.WHOLE:
                 _remove_for_good(path)
             raise
 

@@ -114,6 +114,7 @@ class Writer:
         if self._events is not None:
             self._events.flush()
             self._lines.flush()
+            os.fsync(self._lines.fileno())
         return written
 
     def write_text(self, step: int, name: str, text: str) -> None:

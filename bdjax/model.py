@@ -77,8 +77,10 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be from 0 to below 1; type dropout=0.1")
+        if not 0 <= self.dropout <= 255 / 256:
+            raise ValueError(
+                f"dropout={self.dropout} must be from 0 to {255 / 256}; type dropout=0.1"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; type 'bfloat16' or 'float32'")
 

@@ -53,6 +53,10 @@ class Batch(NamedTuple):
     trainable: Bool[Array, "B L"]
 
 
+# No row has this number.
+_STRATA = 2**32 - 1
+
+
 class Alignment(Enum):
     """Which output row names the token at a position."""
 
@@ -228,7 +232,8 @@ def corruptions(
             drawn.append(process.rest(drawn[-1], batch.tokens, places, batch.trainable))
             continue
         own = jax.random.fold_in(key, view)
-        order, jitter = jax.random.split(own)
+        # Splits of `own` are the keys of its first rows: theirs must be another one.
+        order, jitter = jax.random.split(jax.random.fold_in(own, _STRATA))
         cell = jax.random.permutation(order, rows) + jax.random.uniform(jitter, (rows,))
         strata = reshard(cell / rows, "batch")
         keys = row_keys(own, rows)

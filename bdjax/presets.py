@@ -65,7 +65,8 @@ def ar(*, mask_id: int) -> Recipe:
 def mdlm(*, mask_id: int, row_length: int) -> Recipe:
     """MDLM (Sahoo et al. 2024): no clean stream, the row is one block, one antithetic t per row.
 
-    Documents in a row see each other, as in the paper's wrapped text.
+    Documents in a row see each other, as in the paper's wrapped text: set data.aligned=false, or
+    each is aligned to a row of its own and filled with EOS.
     """
     objective = Objective(
         process=Absorbing(mask_id=mask_id, draw=Bernoulli(scope=Scope.ROW)),

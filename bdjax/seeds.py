@@ -13,7 +13,6 @@ class Purpose(IntEnum):
 
     INIT = 0
     CORRUPTION = 1
-    STRATA = 2
     SAMPLING = 3
     EVALUATION = 4
     DROPOUT = 5

@@ -77,6 +77,8 @@ def train(
         Checkpoints(directory, config.keep_checkpoints, config.keep_every) as kept,
     ):
         saved = kept.steps()
+        if not saved:
+            kept.check_readable()
         if saved and not resume:
             raise FileExistsError(
                 f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
@@ -85,7 +87,7 @@ def train(
         tokenizer = config.tokenizer.keep(directory, write=jax.process_index() == 0)
         config = replace(config, tokenizer=tokenizer)
         if saved:
-            before = config_from_json(read_config(directory, saved[-1]), directory)
+            before = config_from_json(read_config(directory), directory)
             _check_same(config, before, directory)
         elif resume:
             say(f"{directory} holds no whole checkpoint: starting from step 0")
@@ -153,7 +155,7 @@ def train(
                 asked = agreed(interrupts.asked)
                 watchdog.alive(done)
                 saves.check()
-                if _due(config, done):
+                if _due(config, done) and not asked:
                     watchdog.alive(done, compiling=True)
                     report = evaluate_model(language_model(), held_out, config.evaluation.batches)
                     writer.add(report.scalars())
@@ -163,7 +165,9 @@ def train(
                     watchdog.alive(done)
                     speed.restart()
                 if done % config.checkpoint_every == 0:
+                    watchdog.alive(done, compiling=True)
                     save()
+                    watchdog.alive(done)
             watchdog.alive(done, compiling=True)
             save()
             saves.close(done, state, data.get_state())

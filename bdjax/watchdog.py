@@ -46,12 +46,12 @@ class Watchdog:
         self._directory = Path(directory)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="bdjax-watchdog")
-        self._last, self._grace, self._step = time.monotonic(), _COMPILING, 0
+        self._last, self._step = time.monotonic() + _COMPILING, 0
         self._said = False
 
     def __enter__(self) -> "Watchdog":
         if self._config.seconds:
-            self._last = time.monotonic()
+            self._last = time.monotonic() + _COMPILING
             self._thread.start()
         return self
 
@@ -62,13 +62,14 @@ class Watchdog:
 
     def alive(self, step: int, compiling: bool = False) -> None:
         """Step `step` is done; `compiling`: what comes next may have to be compiled first."""
-        self._grace = _COMPILING if compiling else 0.0
-        self._last, self._step, self._said = time.monotonic(), step, False
+        self._step, self._said = step, False
+        # One assignment: the thread may look at any moment.
+        self._last = time.monotonic() + (_COMPILING if compiling else 0.0)
 
     def _watch(self) -> None:
         seconds, abort = self._config.seconds, self._config.abort_after
         while not self._over.wait(min(1.0, seconds / 4)):
-            silent = time.monotonic() - self._last - self._grace
+            silent = time.monotonic() - self._last
             if silent > seconds and not self._said:
                 self._said = True
                 self._report(silent)

@@ -23,6 +23,7 @@ from bdjax.noise import (
     Draw,
     Masks,
     Ramp,
+    Scope,
 )
 from bdjax.objective import (
     Alignment,
@@ -657,3 +658,25 @@ def test_a_next_token_loss_that_sees_its_label_is_refused():
 
 def test_the_vocabulary_of_these_tests_is_the_models():
     assert MODEL.table()["embed"].shape == (VOCAB, tiny.WIDTH) and MASK < VOCAB
+
+
+def test_every_row_of_one_group_is_weighted_without_bias():
+    """The levels of a batch are shuffled by keys that no row uses for its masks."""
+    rows, length, draws = 8, 8, 4000
+    plan = Objective(
+        process=Absorbing(mask_id=tiny.MASK, draw=Bernoulli(scope=Scope.ROW)),
+        block_size=BlockSize(first=length),
+        clean_stream=False,
+        documents=False,
+    )
+    batch = tiny.batch(*[[list(range(length))]] * rows, length=length, prompt=0)
+
+    @jax.jit
+    def mean_weight(batch):
+        places = places_of(plan, batch, length)
+        keys = jax.vmap(jax.random.key)(jnp.arange(draws))
+        return jax.vmap(lambda k: corruptions(plan, batch, places, k)[0].weight)(keys).mean(axis=0)
+
+    # Var(m / t) = E[1 / t] - 1 = log(1000) - 1 for t in [0.001, 1].
+    error = np.sqrt((np.log(1000) - 1) / draws)
+    assert np.abs(np.asarray(mean_weight(batch)) - 1).max() < 5 * error

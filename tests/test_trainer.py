@@ -27,7 +27,7 @@ from bdjax import (
     train,
     trainer,
 )
-from bdjax.checkpoint import Checkpoints
+from bdjax.checkpoint import CheckpointError, Checkpoints
 from bdjax.metrics import cut_log
 from bdjax.optim import make_optimiser
 from bdjax.tokenizer import ByteTokenizer
@@ -261,6 +261,17 @@ def test_gradients_that_stay_non_finite_end_the_run_and_leave_its_checkpoint(con
     with pytest.raises(NonFiniteError, match="step 2: .*2 steps in a row"):
         train(hurt, tmp_path / "run", say=quiet)
     assert (tmp_path / "run" / "checkpoints" / "1" / "bdjax.json").exists()
+
+
+def test_finished_checkpoints_that_cannot_be_read_are_no_empty_folder(config, run):
+    log = (run / "metrics.jsonl").read_bytes()
+    for file in run.glob("checkpoints/*/bdjax.json"):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"version": 1}))
+    for resume in (True, False):
+        with pytest.raises(CheckpointError):
+            train(config, run, resume=resume, say=quiet)
+    assert (run / "metrics.jsonl").read_bytes() == log
 
 
 def test_resuming_nothing_says_so(config, tmp_path):

@@ -11,7 +11,7 @@ Implementation = Dense | Blockwise | Cudnn
 
 HEADS = ("batch", "length", "heads", "head_dim")
 KV_HEADS = ("batch", "length", "kv_heads", "head_dim")
-CACHE = ("layers", *KV_HEADS)
+CACHE = ("layers", "batch", "kv_heads", "length", "head_dim")
 INTERVALS = Intervals(*[("batch", "length")] * 4)
 
 # Up to here one masked softmax beats the tile loop on CPU and holds a few MB per row and head.
@@ -24,8 +24,8 @@ _DENSE_SLOTS = 512
 class Prefix(NamedTuple):
     """One layer of a stacked cache and which of its slots each query sees."""
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
     layer: Int[Array, ""]
     intervals: Intervals
 
@@ -58,7 +58,7 @@ def attend(
             HEADS,
         )
         return alone(q, k, v, own)
-    slots = prefix.k.shape[2]
+    slots = prefix.k.shape[3]
     prefix_kernel = choose(impl, q.shape[1], slots)
     if impl is None and slots > _DENSE_SLOTS:
         prefix_kernel = Blockwise()

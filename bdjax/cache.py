@@ -10,7 +10,9 @@ from bdjax import sharding
 from bdjax.layout import Places
 from pallas_kernels import Meta
 
-AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+# Heads before slots: what a kernel reads of one head lies in one piece.
+AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
+NEW = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 class KeyValues(NamedTuple):
@@ -26,8 +28,8 @@ class Cache(NamedTuple):
     `block` carries each slot's block as data: the mask reads it, never slot // block_size.
     """
 
-    k: Float[Array, "L N S K H"]
-    v: Float[Array, "L N S K H"]
+    k: Float[Array, "L N K S H"]
+    v: Float[Array, "L N K S H"]
     block: Int[Array, "N S"]
     length: Int[Array, "N"]
 
@@ -41,8 +43,8 @@ class Cache(NamedTuple):
 
 def empty(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype) -> Cache:
     """A cache of zeros, born sharded."""
-    keys = sharding.zeros((layers, rows, slots, kv_heads, head_dim), dtype, *AXES)
-    values = sharding.zeros((layers, rows, slots, kv_heads, head_dim), dtype, *AXES)
+    keys = sharding.zeros((layers, rows, kv_heads, slots, head_dim), dtype, *AXES)
+    values = sharding.zeros((layers, rows, kv_heads, slots, head_dim), dtype, *AXES)
     block = sharding.zeros((rows, slots), jnp.int32, "batch", "length")
     return Cache(keys, values, block, sharding.zeros((rows,), jnp.int32, "batch"))
 
@@ -58,9 +60,9 @@ def write(cache: Cache, new: KeyValues, places: Places, commit: Bool[Array, "N W
     def put(stack, values, slot):
         # One scatter on the stack as it lies: a vmap over rows would transpose, and so copy, it.
         row = jnp.arange(slot.shape[0])[:, None]
-        return stack.at[:, row, slot].set(values, mode="drop")
+        return stack.at[:, row, :, slot].set(jnp.moveaxis(values, 0, 2), mode="drop")
 
-    put = sharding.per_shard(put, (AXES, AXES, ("batch", "length")), AXES)
+    put = sharding.per_shard(put, (AXES, NEW, ("batch", "length")), AXES)
     block = jax.vmap(lambda row, value, at: row.at[at].set(value, mode="drop"))(
         cache.block, places.block, slot
     )

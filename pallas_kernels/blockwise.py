@@ -42,8 +42,8 @@ class Blockwise:
     def prefix_attention(
         self,
         q: Float[Array, "B T N H"],
-        cache_k: Float[Array, "L B S K H"],
-        cache_v: Float[Array, "L B S K H"],
+        cache_k: Float[Array, "L B K S H"],
+        cache_v: Float[Array, "L B K S H"],
         layer: Int[Array, ""],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
@@ -51,20 +51,21 @@ class Blockwise:
 
         Tiles are read straight from the stack: no layer of the cache is ever copied.
         """
-        tile = min(self.key_tile, cache_k.shape[2])
+        _, batch, heads, slots, width = cache_k.shape
+        tile = min(self.key_tile, slots)
 
         def load(cache, start):
-            shape = (1, cache.shape[1], tile, *cache.shape[3:])
-            return lax.dynamic_slice(cache, (layer, 0, start, 0, 0), shape)[0]
+            shape = (1, batch, heads, tile, width)
+            return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), shape)[0]
 
-        read = partial(_Keys, cache_k.shape[2], cache_k.shape[3], tile)
+        read = partial(_Keys, slots, heads, tile)
         keys = read(lambda start: load(cache_k, start), lambda start: load(cache_v, start))
         return _forward(self, q, keys, intervals)
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Keys and values behind a reader of tiles: start -> (B, tile, K, H)."""
+    """Keys and values behind a reader of tiles: start -> (B, K, tile, H)."""
 
     length: int
     heads: int
@@ -81,7 +82,8 @@ def _slices(k, v, tile: int) -> _Keys:
     tile = min(tile, k.shape[1])
 
     def read(x):
-        return lambda start: lax.dynamic_slice_in_dim(x, start, tile, axis=1)
+        heads_first = x.swapaxes(1, 2)
+        return lambda start: lax.dynamic_slice_in_dim(heads_first, start, tile, axis=2)
 
     return _Keys(k.shape[1], k.shape[2], tile, read(k), read(v))
 
@@ -140,7 +142,7 @@ def _forward(impl: Blockwise, q, keys: _Keys, intervals: Intervals):
             out, top, total = state
             start = keys.start(index)
             scores = jnp.einsum(
-                "bkth,bskh->bkts", folded, keys.k(start), preferred_element_type=wide
+                "bkth,bksh->bkts", folded, keys.k(start), preferred_element_type=wide
             )
             seen = _seen(keys, index, low, high, group)
             scores = jnp.where(seen, scores * width**-0.5, EMPTY)
@@ -149,7 +151,7 @@ def _forward(impl: Blockwise, q, keys: _Keys, intervals: Intervals):
             shrink = jnp.exp(top - new_top)
             values = keys.v(start)
             part = jnp.einsum(
-                "bkts,bskh->bkth", weights.astype(values.dtype), values, preferred_element_type=wide
+                "bkts,bksh->bkth", weights.astype(values.dtype), values, preferred_element_type=wide
             )
             return (
                 out * shrink[..., None] + part,
@@ -196,13 +198,13 @@ def _backward(impl: Blockwise, q, k, v, intervals, out, lse, d_out, d_lse):
             d_q, d_k, d_v = state
             start = keys.start(index)
             k_tile, v_tile = keys.k(start), keys.v(start)
-            scores = jnp.einsum("bkth,bskh->bkts", folded, k_tile, preferred_element_type=wide)
+            scores = jnp.einsum("bkth,bksh->bkts", folded, k_tile, preferred_element_type=wide)
             seen = _seen(keys, index, low, high, group)
             weights = jnp.where(seen, jnp.exp(scores * scale - row_lse), 0.0)
-            d_weights = jnp.einsum("bkth,bskh->bkts", d_folded, v_tile, preferred_element_type=wide)
+            d_weights = jnp.einsum("bkth,bksh->bkts", d_folded, v_tile, preferred_element_type=wide)
             d_scores = (weights * (d_weights - row_delta) * scale).astype(q.dtype)
             weights = weights.astype(q.dtype)
-            d_q += jnp.einsum("bkts,bskh->bkth", d_scores, k_tile, preferred_element_type=wide)
+            d_q += jnp.einsum("bkts,bksh->bkth", d_scores, k_tile, preferred_element_type=wide)
             part_k = jnp.einsum("bkts,bkth->bskh", d_scores, folded, preferred_element_type=wide)
             part_v = jnp.einsum("bkts,bkth->bskh", weights, d_folded, preferred_element_type=wide)
             return d_q, _add(d_k, part_k, start), _add(d_v, part_v, start)

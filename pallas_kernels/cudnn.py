@@ -54,8 +54,8 @@ class Cudnn:
     def prefix_attention(
         self,
         q: Float[Array, "B T N H"],
-        cache_k: Float[Array, "L B S K H"],
-        cache_v: Float[Array, "L B S K H"],
+        cache_k: Float[Array, "L B K S H"],
+        cache_v: Float[Array, "L B K S H"],
         layer: Int[Array, ""],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:

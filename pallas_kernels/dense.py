@@ -49,10 +49,11 @@ class Dense:
     def prefix_attention(
         self,
         q: Float[Array, "B T N H"],
-        cache_k: Float[Array, "L B S K H"],
-        cache_v: Float[Array, "L B S K H"],
+        cache_k: Float[Array, "L B K S H"],
+        cache_v: Float[Array, "L B K S H"],
         layer: Int[Array, ""],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """`attention` over one layer of a stacked cache."""
-        return self.attention(q, cache_k[layer], cache_v[layer], intervals)
+        k, v = (cache[layer].swapaxes(1, 2) for cache in (cache_k, cache_v))
+        return self.attention(q, k, v, intervals)

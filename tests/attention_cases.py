@@ -387,9 +387,9 @@ class AttentionCases:
         rng = np.random.default_rng(1)
         unseen = ~case.seen.any(axis=1)[..., None, None]
         for layer in (0, 2):
-            cache_k, cache_v = (rng.normal(0, 100, (3, *case.k.shape)) for _ in range(2))
-            cache_k[layer] = case.k + 1e3 * unseen
-            cache_v[layer] = case.v + 1e3 * unseen
+            keys, values = ((x + 1e3 * unseen).swapaxes(1, 2) for x in (case.k, case.v))
+            cache_k, cache_v = (rng.normal(0, 100, (3, *keys.shape)) for _ in range(2))
+            cache_k[layer], cache_v[layer] = keys, values
             arrays = (jnp.asarray(x, jnp.float32) for x in (case.q, cache_k, cache_v))
             out, lse = self.call(prefix_jit, *arrays, jnp.asarray(layer), case.intervals)
             expected = reference(case.q, case.k, case.v, case.d_out, case.d_lse, case.seen)

@@ -157,8 +157,8 @@ def test_a_window_over_its_own_keys_and_a_cached_prefix(impl):
     both = Meta(*(np.concatenate(x, axis=1) for x in zip(key, query, strict=True)))
     case = make_case(query, both, BLOCK, heads=4, kv_heads=2, width=width)
     expected = reference(case.q, case.k, case.v, case.d_out, case.d_lse, case.seen).out
-    cache_k, cache_v = (rng.standard_normal((2, rows, slots, 2, width)) for _ in range(2))
-    cache_k[1], cache_v[1] = case.k[:, :slots], case.v[:, :slots]
+    cache_k, cache_v = (rng.standard_normal((2, rows, 2, slots, width)) for _ in range(2))
+    cache_k[1], cache_v[1] = (x[:, :slots].swapaxes(1, 2) for x in (case.k, case.v))
     arrays = (case.q, case.k[:, slots:], case.v[:, slots:], cache_k, cache_v)
     bounds = find(query, query, BLOCK), find(query, key, BLOCK)
 
@@ -171,7 +171,7 @@ def test_a_window_over_its_own_keys_and_a_cached_prefix(impl):
             for x, axes in zip(
                 arrays,
                 [("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads")]
-                + [(None, "batch", None, "kv_heads", None)] * 2,
+                + [(None, "batch", "kv_heads", None, None)] * 2,
                 strict=True,
             )
         ]

@@ -185,7 +185,7 @@ def over_the_cache(model, params, documents, noisy, size, block, length) -> Cach
     both = join_places(finished, canvas)
     fused, new = block_step(model, params, join(tokens, noisy), both, before)
     committed = caches.write(before, jax.tree.map(lambda x: x[:, :, :BLOCK], new), finished, valid)
-    filled = full.meta.segment[None, :, :, None, None]
+    filled = full.meta.segment[None, :, None, :, None]
     error = jnp.maximum(*(jnp.abs((full[i] - committed[i]) * filled).max() for i in (0, 1)))
     error += jnp.abs((full.block - committed.block) * full.meta.segment).max()
     error += jnp.abs(full.length - committed.length).max()

@@ -1,0 +1,281 @@
+"""The track of tools/bench_attention.py: the case, the check against float32, the timing.
+
+A contestant is a `Runner`. Contestants are checked one by one and then take turns, so that a chip
+that slows down slows all of them.
+"""
+
+import functools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import CleanMode, Dense, Intervals, Meta, intervals, visible
+
+WRONG = 2e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Packed training rows: `length` clean tokens and one noisy view of them per row."""
+
+    rows: int = 2
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 128
+    length: int = 4096
+    block: int = 32
+    documents: int | None = None
+    clean: CleanMode = CleanMode.TOKEN
+    dtype: str = "bfloat16"
+
+    def places(self, index) -> Meta:
+        """The mask's integers of the tokens at `index` of a row; operators alone."""
+        at, size = index % self.length, self.documents or self.length
+        return Meta(index // self.length, at // size + 1, at % size // self.block, at % size)
+
+    def visible(self, q, k):
+        """Whether token q of a row sees token k: numpy, jax or torch integers."""
+        return visible(self.places(q), self.places(k), self.clean)
+
+    def intervals(self) -> Intervals:
+        """The mask of all rows as the kernels take it."""
+        places = self.places(np.tile(np.arange(2 * self.length, dtype=np.int32), (self.rows, 1)))
+        places = jax.tree.map(jnp.asarray, places)
+        return jax.jit(intervals, static_argnums=2)(places, places, self.clean)
+
+    def inputs(self, seed: int = 0) -> tuple[jax.Array, ...]:
+        """Random q, k, v and gradient of the output: (B, T, N or K, H)."""
+        wide = self.rows, 2 * self.length, self.heads, self.head_dim
+        narrow = self.rows, 2 * self.length, self.kv_heads, self.head_dim
+        return normals(seed, self.dtype, wide, narrow, narrow, wide)
+
+
+def normals(seed: int, dtype: str, *shapes) -> tuple[jax.Array, ...]:
+    """Normal noise of these shapes, drawn on the device."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def pairs(seen: Intervals) -> int:
+    """Visible query-key pairs over all rows, of one head."""
+    a0, a1, b0, b1 = (np.asarray(x, np.int64) for x in seen)
+    return int((a1 - a0 + b1 - b0).sum())
+
+
+def only(platform: str) -> None:
+    """Raises NotImplementedError elsewhere."""
+    if jax.default_backend() != platform:
+        raise NotImplementedError(f"needs a {platform.upper()}, this is {jax.default_backend()}")
+
+
+def causal(case: Case) -> Intervals:
+    """Plain causal attention over rows of the same length: for the anchors."""
+    end = jnp.tile(jnp.arange(1, 2 * case.length + 1, dtype=jnp.int32), (case.rows, 1))
+    return Intervals(end * 0, end, end * 0, end * 0)
+
+
+def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> int:
+    """Pairs in the key tiles that cover each query tile's clean and noisy intervals."""
+    total = 0
+    for low, high in ((seen.a0, seen.a1), (seen.b0, seen.b1)):
+        low, high = np.asarray(low, np.int64), np.asarray(high, np.int64)
+        low, high = np.where(high > low, (low, high), [[[keys]], [[0]]])
+        for start in range(0, low.shape[1], query_tile):
+            part = slice(start, start + query_tile)
+            first = low[:, part].min(axis=1) // key_tile
+            last = -(-high[:, part].max(axis=1) // key_tile)
+            total += int(np.maximum(last - first, 0).sum()) * query_tile * key_tile
+    return total
+
+
+class Runner(NamedTuple):
+    """A contestant, ready to run.
+
+    program: pass -> (dispatch, calls); dispatch() starts `calls` calls and returns something that
+    wait() waits for. results: that something -> out (B, T, N, H), then dq, dk, dv, of one call.
+    """
+
+    program: Callable[[str, int], Callable[[], Any]]
+    results: Callable[[Any], tuple]
+    wait: Callable[[Any], Any]
+    seen: Intervals
+    visited: float | None = None
+    bundles: bool = True
+
+
+def jax_runner(
+    call, inputs, seen, extra=None, visited=None, enter=lambda *x: x, leave=lambda *x: x
+) -> Runner:
+    """A runner of call(q, k, v, extra) -> out; enter and leave change layouts, untimed."""
+    q, k, v, d_out = enter(*inputs)
+    extra = seen if extra is None else extra
+
+    def one(which, q, k, v, d_out, extra):
+        if which == "forward":
+            return (call(q, k, v, extra),)
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, extra), q, k, v)
+        return (out, *pull(d_out))
+
+    def program(which, calls):
+        # Other queries in each call, or XLA would run it once.
+        queries = [jnp.roll(q, i, axis=-1) for i in range(calls)]
+        many = jax.jit(lambda queries, *rest: [one(which, q, *rest) for q in queries])
+        return lambda: many(queries, k, v, d_out, extra)
+
+    return Runner(program, lambda found: leave(*found[0]), jax.block_until_ready, seen, visited)
+
+
+@functools.partial(jax.jit, static_argnames="backward")
+def _reference(q, k, v, d_out, seen, backward):
+    def one(parts):
+        q, k, v, d_out, seen = jax.tree.map(lambda x: x[None], parts)
+
+        def call(q, k, v):
+            return Dense().attention(q, k[:, :, None], v[:, :, None], seen)[0]
+
+        out, pull = jax.vjp(call, q, k, v)
+        return jax.tree.map(lambda x: x[0], (out, *(pull(d_out) if backward else ())))
+
+    group = q.shape[2] // k.shape[2]
+
+    def split(x):  # (B, T, K * G, H) -> (B, K, T, G, H)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, group, x.shape[3]), 2, 1)
+
+    rows, heads = (split(q), jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), split(d_out)), k.shape[2]
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, heads, axis=0), seen)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    found = jax.lax.map(one, (*flat, repeated))
+    found = [x.reshape(-1, heads, *x.shape[1:]) for x in found]
+    wide = [jnp.moveaxis(x, 1, 2).reshape(q.shape) for x in found[:2]]
+    return (*wide, *(jnp.moveaxis(x, 1, 2) for x in found[2:]))
+
+
+def reference(inputs, seen: Intervals, backward: bool = True) -> tuple[np.ndarray, ...]:
+    """Output and gradients in float32, one row and key head after the other."""
+    with jax.default_matmul_precision("highest"):
+        found = _reference(*(x.astype(jnp.float32) for x in inputs), seen, backward)
+    return tuple(np.asarray(x) for x in found)
+
+
+def error_of(found, expected) -> float:
+    """The largest relative error by norms over the output and the gradients."""
+    errors = []
+    for x, y in zip(found, expected, strict=False):
+        x = np.asarray(x, np.float32)
+        errors.append(float(np.linalg.norm((x - y).ravel()) / np.linalg.norm(y.ravel())))
+    return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+
+
+def sample(dispatch, wait, count: int) -> float:
+    """Seconds per dispatch over `count` of them, back to back with one wait."""
+    start = time.perf_counter()
+    for _ in range(count):
+        handle = dispatch()
+    wait(handle)
+    return (time.perf_counter() - start) / count
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """One pass of one contestant on the track."""
+
+    dispatch: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    calls: int
+    count: int
+    samples: list[float]
+
+    def lap(self) -> None:
+        """One sample more: seconds per call."""
+        self.samples.append(sample(self.dispatch, self.wait, self.count) / self.calls)
+
+    def summary(self) -> dict:
+        """Median seconds per call, spread and difference of the halves, both over the median."""
+        middle = statistics.median(self.samples)
+        half = len(self.samples) // 2 or 1
+        apart = statistics.median(self.samples[:half]) - statistics.median(self.samples[-half:])
+        return {
+            "seconds": middle,
+            "spread": (max(self.samples) - min(self.samples)) / middle,
+            "again": abs(apart) / middle,
+            "samples": self.samples,
+            "calls_per_dispatch": self.calls,
+            "dispatches_per_sample": self.count,
+        }
+
+
+def on_track(runner: Runner, which: str, dispatch, at_least: float) -> Timed:
+    """Chooses how many calls make a sample; `dispatch` has run once already.
+
+    Host work of a dispatch hides behind the device's where that takes a millisecond.
+    """
+    calls, seconds = 1, sample(dispatch, runner.wait, 3)
+    if runner.bundles and seconds < 1e-3 and jax.default_backend() != "cpu":
+        calls = min(16, math.ceil(1e-3 / seconds))
+        dispatch = runner.program(which, calls)
+        runner.wait(dispatch())
+        seconds = sample(dispatch, runner.wait, 3)
+    count = max(1, math.ceil(at_least / seconds))
+    return Timed(dispatch=dispatch, wait=runner.wait, calls=calls, count=count, samples=[])
+
+
+def race(
+    contestants: dict[str, Callable[[], Runner]],
+    passes: tuple[str, ...],
+    expected: Callable[[Intervals], tuple],
+    *,
+    repeats: int,
+    at_least: float,
+) -> list[dict]:
+    """Checks every contestant, then lets them take turns. One that fails says why.
+
+    expected: out and gradients under the intervals. at_least: seconds of work in one sample.
+    """
+    found, track = [], []
+    for name, build in contestants.items():
+        entry = {"name": name, "status": "ok", "reason": "", "passes": {}}
+        found.append(entry)
+        print(f"... {name}", file=sys.stderr, flush=True)
+        try:
+            runner = build()
+            entry["visible_pairs"] = visible_pairs = pairs(runner.seen)
+            if runner.visited is not None:
+                entry["visited_over_visible"] = float(runner.visited) / visible_pairs
+            ready = []
+            for which in passes:
+                dispatch = runner.program(which, 1)
+                handle = dispatch()
+                runner.wait(handle)
+                error = error_of(runner.results(handle), expected(runner.seen))
+                entry["error"] = max(error, entry.get("error", 0.0))
+                del handle
+                if not error <= WRONG:
+                    raise ArithmeticError(f"relative error {error:.1e} in the {which} pass")
+                ready.append((which, on_track(runner, which, dispatch, at_least)))
+            track += [(entry, which, timed) for which, timed in ready]
+        except Exception as error:
+            _failed(entry, error)
+    for _ in range(repeats):
+        for entry, which, timed in track:
+            if entry["status"] == "ok":
+                try:
+                    timed.lap()
+                    entry["passes"][which] = timed.summary()
+                except Exception as error:
+                    _failed(entry, error)
+    return found
+
+
+def _failed(entry: dict, error: Exception) -> None:
+    said = str(error).strip().splitlines() or [""]
+    entry["status"] = "wrong" if isinstance(error, ArithmeticError) else "failed"
+    entry["reason"] = f"{type(error).__name__}: {said[0][:200]}"
+    entry["passes"] = {}

@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: which collectives it runs, how often, over how many bytes.
+"""Reads a compiled program's text: its collectives, kernels, arrays and the compiler's estimates.
 
 XLA's own cost analysis counts a loop's body once. Here bodies are multiplied by their trip counts,
 taken from XLA's annotation or from a condition `i < constant`, which is how scans come out (they
@@ -7,11 +7,15 @@ start at 0 and step by 1). A loop whose bound is data counts once and is reporte
 
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\]")
+_BUFFER = re.compile(r"\b(pred|bf16|[fsuc]\d+\w*)\[([\d,]+)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**62
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|branch_computations|called_computations|true_computation|"
@@ -44,6 +48,13 @@ class Collectives(NamedTuple):
     open_loops: int
 
 
+class Buffer(NamedTuple):
+    """An array type of a compiled program: "bf16", (2, 4096)."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
 class _Instruction(NamedTuple):
     name: str
     shape: str
@@ -53,17 +64,76 @@ class _Instruction(NamedTuple):
 
 def collectives(text: str) -> Collectives:
     """The collectives of a compiled program (`compiled.as_text()`)."""
-    computations, entry = _computations(text)
     traffic = {kind: Traffic(0, 0) for kind in KINDS}
     open_loops: set[str] = set()
+    for run in _executed(text, _is_collective):
+        open_loops.update(run.loops)
+        kind = run.instruction.opcode.removesuffix("-start")
+        if not _ALONE.search(run.instruction.rest) and _begins(run.instruction):
+            size = _moved(kind, run.instruction, run.computation)
+            before = traffic[kind]
+            traffic[kind] = Traffic(before.count + run.times, before.bytes + run.times * size)
+    return Collectives({k: t for k, t in traffic.items() if t.count}, len(open_loops))
 
-    def visit(name: str, times: int, path: tuple[str, ...]):
+
+def mosaic_calls(text: str) -> dict[str, int]:
+    """How often one run calls each Pallas kernel of a TPU program, by the kernel's name.
+
+    Loops whose bound is data count once.
+    """
+    found: dict[str, int] = {}
+    for run in _executed(text, lambda i: 'custom_call_target="tpu_custom_call"' in i.rest):
+        name = re.sub(r"(\.\d+|\.clone)+$", "", run.instruction.name)
+        found[name] = found.get(name, 0) + run.times
+    return found
+
+
+def estimated_cycles(text: str) -> int:
+    """The TPU compiler's estimates, added up over one run of the program on one core.
+
+    It gives none for kernels, collectives, copies and some loops (int64's largest number there);
+    loops whose bound is data count once.
+    """
+    known = ((run.times, _cycles(run.instruction)) for run in _executed(text, _cycles))
+    return sum(times * cycles for times, cycles in known)
+
+
+def _cycles(instruction: _Instruction) -> int:
+    found = _CYCLES.search(instruction.rest)
+    cycles = int(found[1]) if found else 0
+    return 0 if cycles >= _NO_ESTIMATE else cycles
+
+
+def largest_buffers(text: str, at_least: int) -> list[Buffer]:
+    """The shapes of at least so many elements in a compiled program's text, largest first.
+
+    Each shape once. Results inside fusions, which no memory holds, are among them.
+    """
+    found = {
+        Buffer(kind, tuple(int(n) for n in dims.split(","))) for kind, dims in _BUFFER.findall(text)
+    }
+    found = {buffer for buffer in found if math.prod(buffer.shape) >= at_least}
+    return sorted(found, key=lambda b: (-math.prod(b.shape), b))
+
+
+class _Run(NamedTuple):
+    """An instruction that runs `times` times, inside these loops whose bounds are data."""
+
+    instruction: _Instruction
+    computation: list[_Instruction]
+    times: int
+    loops: tuple[str, ...]
+
+
+def _executed(text: str, wanted: Callable[[_Instruction], object]) -> Iterator[_Run]:
+    """The wanted instructions in the order of one run of the program."""
+    computations, entry = _computations(text)
+    holding = _holding(computations, wanted)
+
+    def visit(name: str, times: int, path: tuple[str, ...]) -> Iterator[_Run]:
         for instruction in computations.get(name, ()):
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS and not _ALONE.search(instruction.rest) and _begins(instruction):
-                size = _moved(kind, instruction, computations[name])
-                before = traffic[kind]
-                traffic[kind] = Traffic(before.count + times, before.bytes + times * size)
+            if wanted(instruction):
+                yield _Run(instruction, computations[name], times, path)
             inner, within = times, path
             if instruction.opcode == "while":
                 trips = _trip_count(instruction, computations)
@@ -74,12 +144,13 @@ def collectives(text: str) -> Collectives:
             for called in _CALLED.finditer(instruction.rest):
                 for target in re.findall(r"[^\s,{}%]+", called[2]):
                     if target in holding:
-                        open_loops.update(within[len(path) :])
-                        visit(target, inner, within)
+                        yield from visit(target, inner, within)
 
-    holding = _holding(computations)
-    visit(entry, 1, ())
-    return Collectives({k: t for k, t in traffic.items() if t.count}, len(open_loops))
+    return visit(entry, 1, ())
+
+
+def _is_collective(instruction: _Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
 
 
 def _begins(instruction: _Instruction) -> bool:
@@ -174,8 +245,10 @@ def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]])
     return None
 
 
-def _holding(computations: dict[str, list[_Instruction]]) -> set[str]:
-    """Computations that run a collective, themselves or in what they call."""
+def _holding(
+    computations: dict[str, list[_Instruction]], wanted: Callable[[_Instruction], object]
+) -> set[str]:
+    """Computations that run a wanted instruction, themselves or in what they call."""
     calls = {
         name: {
             target
@@ -186,9 +259,7 @@ def _holding(computations: dict[str, list[_Instruction]]) -> set[str]:
         for name, instructions in computations.items()
     }
     holding = {
-        name
-        for name, instructions in computations.items()
-        if any(i.opcode.removesuffix("-start") in KINDS for i in instructions)
+        name for name, instructions in computations.items() if any(map(wanted, instructions))
     }
     while True:
         more = {name for name, called in calls.items() if called & holding} - holding

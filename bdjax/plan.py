@@ -140,6 +140,15 @@ class Plan:
         ]
 
 
+class Program(NamedTuple):
+    """A train step compiled for a mesh: its abstract arguments, and seconds it took to compile."""
+
+    compiled: jax.stages.Compiled
+    arguments: tuple
+    mesh: Mesh
+    seconds: float
+
+
 def _row(name: str, value: str) -> str:
     number, _, unit = value.partition(" ")
     return f"  {name:36}{number:>10} {unit}"
@@ -162,44 +171,47 @@ def make_plan(config: TrainConfig, topology: str) -> Plan:
     devices. Needs no TPU. Raises ValueError for an unknown slice, a mesh of another size, a missing
     libtpu, and a program that the compiler refuses for want of memory.
     """
-    if topology == "here":
-        devices, platforms = jax.devices()[: config.mesh.devices], None
-    else:
-        devices, platforms = tpu_slice(topology), ("tpu",)
-    _check_mesh(config, topology, len(devices))
-    share = scored_share(config.objective, config.objective.block_size.largest)
-    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-    mesh = make_mesh(**sizes, devices=devices)
-    model = config.build_model()
+    return read_plan(config, topology, compile_step(config, topology))
+
+
+def compile_step(config: TrainConfig, topology: str) -> Program:
+    """The train step of `config`, compiled; raises as `make_plan` does."""
+    mesh = slice_mesh(config, topology)
     with jax.set_mesh(mesh):
-        arguments = _abstract(config, mesh)
+        arguments = abstract_arguments(config, mesh)
         start = time.perf_counter()
-        lowered = train_step.trace(*arguments).lower(lowering_platforms=platforms)
+        traced = train_step.trace(*arguments)
         try:
-            compiled = lowered.compile()
+            compiled = traced.lower(lowering_platforms=platforms(topology)).compile()
         except jax.errors.JaxRuntimeError as error:
             raise _refused(error, topology, arguments) from error
-        seconds = time.perf_counter() - start
-    chip = chip_of(devices[0].device_kind)
+    return Program(compiled, arguments, mesh, time.perf_counter() - start)
+
+
+def read_plan(config: TrainConfig, topology: str, program: Program) -> Plan:
+    """What a compiled train step costs."""
+    compiled, arguments, mesh, seconds = program
+    device = mesh.devices.flat[0]
+    chip = chip_of(device.device_kind)
     memory = _memory(compiled.memory_analysis(), arguments)
     found = collectives(compiled.as_text())
     rows, length = config.data.batch_size, config.data.row_length
     flops = step_flops(
-        model,
+        config.build_model(),
         config.objective,
         [length] * rows,
         block_size=config.objective.block_size.largest,
-        share=share,
+        share=scored_share(config.objective, config.objective.block_size.largest),
     )
     return Plan(
         name=config.name,
         topology=topology,
-        device_kind=devices[0].device_kind,
+        device_kind=device.device_kind,
         devices=mesh.size,
-        mesh=sizes,
+        mesh=_sizes(config),
         parameters=sum(x.size for x in jax.tree.leaves(arguments[3].params)),
         memory=memory,
-        capacity=chip.memory if chip else _limit(devices[0]),
+        capacity=chip.memory if chip else _limit(device),
         flops=flops,
         xla_flops=_xla_flops(compiled),
         collectives=found,
@@ -207,6 +219,23 @@ def make_plan(config: TrainConfig, topology: str) -> Plan:
         tokens=rows * length,
         compile_seconds=seconds,
     )
+
+
+def slice_mesh(config: TrainConfig, topology: str) -> Mesh:
+    """The config's mesh over the devices of `topology`; raises as `make_plan` does."""
+    here = topology == "here"
+    devices = jax.devices()[: config.mesh.devices] if here else tpu_slice(topology)
+    _check_mesh(config, topology, len(devices))
+    return make_mesh(**_sizes(config), devices=devices)
+
+
+def platforms(topology: str) -> tuple[str, ...] | None:
+    """What a program for `topology` is lowered for."""
+    return None if topology == "here" else ("tpu",)
+
+
+def _sizes(config: TrainConfig) -> dict[str, int]:
+    return {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
 
 
 def tpu_slice(topology: str) -> list:
@@ -283,23 +312,29 @@ def _check_mesh(config: TrainConfig, topology: str, devices: int) -> None:
     )
 
 
-def _abstract(config: TrainConfig, mesh: Mesh) -> tuple:
+def abstract_arguments(config: TrainConfig, mesh: Mesh) -> tuple:
     """The arguments of `train_step` as shapes with shardings on the mesh in force."""
     model = config.build_model()
     optimiser = make_optimiser(config.optim, model.table(), config.steps)
 
-    def placed(x):
-        where = PartitionSpec() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, where))
-
     state = jax.eval_shape(lambda: initial_state(config.seed, model, optimiser))
-    state, root = jax.tree.map(placed, (state, jax.eval_shape(lambda: jax.random.key(0))))
+    state, root = placed((state, jax.eval_shape(lambda: jax.random.key(0))), mesh)
     shape = config.data.batch_size, config.data.row_length
     split = NamedSharding(mesh, spec("batch", "length"))
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     trainable = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split)
     batch = Batch(integers, integers, integers, trainable)
     return config.objective, model, optimiser, state, batch, root
+
+
+def placed(tree, mesh: Mesh):
+    """Abstract arrays with their shardings on the devices of `mesh`; whole where they have none."""
+
+    def one(x):
+        where = PartitionSpec() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, where))
+
+    return jax.tree.map(one, tree)
 
 
 def _bytes(x) -> int:

@@ -89,24 +89,24 @@ def test_a_wrong_contestant_is_not_timed(fault):
     assert not entry["error"] < race.WRONG
 
 
-@pytest.mark.parametrize("tiles", [(128, 128), (16, 8), (5, 7)])
-def test_tiled_pairs_are_the_covers_enumerated(tiles):
+@pytest.mark.parametrize("tiles", [(128, 128), (16, 8), (4, 4), (5, 7)])
+def test_tiles_are_counted_as_enumerated(tiles):
     case = race.Case(rows=2, length=64, block=8, documents=24)
-    seen, total = case.intervals(), 0
+    seen, visited, full = case.intervals(), 0, 0
+    keys = np.arange(-(-128 // tiles[1]) * tiles[1])
     for low, high in ((seen.a0, seen.a1), (seen.b0, seen.b1)):
-        for row in range(2):
-            for start in range(0, 128, tiles[0]):
-                part = slice(start, start + tiles[0])
-                keys = [
-                    range(a, b)
-                    for a, b in zip(low[row, part].tolist(), high[row, part].tolist(), strict=True)
-                    if b > a
-                ]
-                if keys:
-                    first = min(r.start for r in keys) // tiles[1]
-                    last = max(r.stop - 1 for r in keys) // tiles[1]
-                    total += (last - first + 1) * tiles[0] * tiles[1]
-    assert race.tiled_pairs(seen, *tiles, 128) == total
+        low, high = np.asarray(low)[..., None], np.asarray(high)[..., None]
+        mask = (low <= keys) & (keys < high)
+        for start in range(0, 128, tiles[0]):
+            part = mask[:, start : start + tiles[0]]
+            part = part.reshape(2, part.shape[1], -1, tiles[1])
+            touched = part.any(axis=(1, 3))
+            for row in touched:
+                # The cover is convex: what lies between two touched tiles is visited too.
+                visited += int(np.ptp(np.flatnonzero(row))) + 1 if row.any() else 0
+            full += int(part.all(axis=(1, 3)).sum())
+    assert race.tile_counts(seen, *tiles, 128) == (visited, full)
+    assert race.tiled_pairs(seen, *tiles, 128) == visited * tiles[0] * tiles[1]
 
 
 def test_the_window_counts_one_layer_of_keys_and_values(tmp_path):

@@ -82,9 +82,12 @@ def causal(case: Case) -> Intervals:
     return Intervals(end * 0, end, end * 0, end * 0)
 
 
-def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> int:
-    """Pairs in the key tiles that cover each query tile's clean and noisy intervals."""
-    total = 0
+def tile_counts(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> tuple[int, int]:
+    """Pairs of tiles that a kernel visits, and those of them that are visible as a whole.
+
+    A query tile visits the key tiles that cover its clean intervals, then those of its noisy ones.
+    """
+    visited, full = 0, 0
     for low, high in ((seen.a0, seen.a1), (seen.b0, seen.b1)):
         low, high = np.asarray(low, np.int64), np.asarray(high, np.int64)
         low, high = np.where(high > low, (low, high), [[[keys]], [[0]]])
@@ -92,8 +95,15 @@ def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> i
             part = slice(start, start + query_tile)
             first = low[:, part].min(axis=1) // key_tile
             last = -(-high[:, part].max(axis=1) // key_tile)
-            total += int(np.maximum(last - first, 0).sum()) * query_tile * key_tile
-    return total
+            visited += int(np.maximum(last - first, 0).sum())
+            inner = high[:, part].min(axis=1) // key_tile - -(-low[:, part].max(axis=1) // key_tile)
+            full += int(np.maximum(inner, 0).sum())
+    return visited, full
+
+
+def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> int:
+    """Query-key pairs in the visited tiles."""
+    return tile_counts(seen, query_tile, key_tile, keys)[0] * query_tile * key_tile
 
 
 class Runner(NamedTuple):

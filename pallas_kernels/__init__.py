@@ -13,6 +13,7 @@ from pallas_kernels.dense import Dense
 from pallas_kernels.intervals import Intervals, intervals
 from pallas_kernels.mask import CleanMode, Meta, dense_mask, visible
 from pallas_kernels.merge import merge
+from pallas_kernels.mosaic import Mosaic
 
 __all__ = [
     "Blockwise",
@@ -21,6 +22,7 @@ __all__ = [
     "Dense",
     "Intervals",
     "Meta",
+    "Mosaic",
     "dense_mask",
     "intervals",
     "merge",

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.quiet import quiet, used_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Blockwise:
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """As `Dense.attention`, with a backward pass that recomputes the scores tile by tile."""
-        return _attention(self, q, k, v, intervals)
+        return _attention(self, *quiet(q, k, v, intervals), intervals)
 
     def prefix_attention(
         self,
@@ -54,9 +55,12 @@ class Blockwise:
         _, batch, heads, slots, width = cache_k.shape
         tile = min(self.key_tile, slots)
 
+        used = used_keys(intervals, slots)[:, None, :, None]
+
         def load(cache, start):
             shape = (1, batch, heads, tile, width)
-            return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), shape)[0]
+            found = lax.dynamic_slice(cache, (layer, 0, 0, start, 0), shape)[0]
+            return jnp.where(lax.dynamic_slice_in_dim(used, start, tile, axis=2), found, 0)
 
         read = partial(_Keys, slots, heads, tile)
         keys = read(lambda start: load(cache_k, start), lambda start: load(cache_v, start))

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.quiet import quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Dense:
 
         N is a multiple of K (grouped queries). A query that sees nothing returns zeros, lse EMPTY.
         """
+        q, k, v = quiet(q, k, v, intervals)
         batch, length, heads, width = q.shape
         kv_heads = k.shape[2]
         group = heads // kv_heads

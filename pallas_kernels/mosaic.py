@@ -6,25 +6,38 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import tpu_training
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
 from pallas_kernels.quiet import quiet
 from pallas_kernels.tiles import tile_list, tile_map
+from pallas_kernels.tpu_backward import backward_keys, backward_queries
+from pallas_kernels.tpu_forward import forward
+from pallas_kernels.tpu_grid import Sizes, Work
+
+_WINDOW = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mosaic:
-    """Block-sparse attention on a TPU. Tile sizes are in tokens, of queries and of keys.
+    """Block-sparse attention on a TPU, accumulated in float32. Tile sizes are in tokens.
 
+    query_tile, key_tile: of training rows. window_tile: of cached keys under a window of queries.
     `interpret` runs the kernels' Python on any machine, slowly: for tests.
     """
 
     query_tile: int = 512
     key_tile: int = 512
+    window_tile: int = 1024
     interpret: bool | pltpu.InterpretParams = False
+
+    def __post_init__(self):
+        step = 8 if self.interpret else 128
+        for name in ("query_tile", "key_tile", "window_tile"):
+            size = getattr(self, name)
+            if size < 1 or size % step:
+                raise ValueError(f"{name}={size} must be a multiple of {step}; type {name}=512")
 
     def attention(
         self,
@@ -39,20 +52,40 @@ class Mosaic:
             return out.astype(q.dtype), lse
         return _attention(self, *quiet(q, k, v, intervals), intervals)
 
+    def prefix_attention(
+        self,
+        q: Float[Array, "B T N H"],
+        cache_k: Float[Array, "L B K S H"],
+        cache_v: Float[Array, "L B K S H"],
+        layer: Int[Array, ""],
+        intervals: Intervals,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+        """`attention` over one layer of a stacked cache, forward only, for a short window.
 
-def _sizes(impl: Mosaic, queries: int, keys: int) -> tpu_training.Sizes:
-    """The tiles, no longer than the rows need; a tile as long as its row may have any length."""
-    query, key = (
-        min(tile, -(-length // 16) * 16)
-        for tile, length in ((impl.query_tile, queries), (impl.key_tile, keys))
-    )
-    return tpu_training.Sizes(query, key, impl.interpret)
+        Tiles that no query of a row sees are not read; no layer of the cache is ever copied.
+        Raises NotImplementedError for more than 256 queries and for float16.
+        """
+        if q.shape[1] > _WINDOW:
+            raise NotImplementedError(
+                f"the TPU window kernel takes up to {_WINDOW} queries, not {q.shape[1]}; "
+                "use Blockwise()"
+            )
+        if q.dtype == jnp.float16:
+            raise NotImplementedError("the TPU window kernel takes no float16; use Blockwise()")
+        return _window(self, q, cache_k, cache_v, layer, intervals)
 
 
 def _pad(x: Array, tile: int, axis: int = 1) -> Array:
     width = [(0, 0)] * x.ndim
     width[axis] = (0, -x.shape[axis] % tile)
     return jnp.pad(x, width)
+
+
+def _tile(tile: int, length: int) -> int:
+    """Two tiles a row at least where that can be: its two streams should not share one."""
+    if length <= 128:
+        return min(tile, -(-length // 16) * 16)
+    return min(tile, -(-length // 256) * 128)
 
 
 def _heads_first(x: Array, tile: int) -> Array:
@@ -72,38 +105,32 @@ def _ungrouped(x: Array, length: int) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :length]
 
 
-def _rows_of_eight(rows: list[Array], axis: int) -> Array:
-    """Arrays stacked or joined along `axis`, padded with zeros to a multiple of eight."""
-    return _pad(jnp.concatenate(rows, axis=axis), 8, axis)
-
-
-def _prepare(sizes, k, bounds: Intervals):
-    """Padded bounds: those the tile lists need and those the kernels read."""
+def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> Work:
     padded = Intervals(*(_pad(x, sizes.query) for x in bounds))
-    tiles = tile_map(padded, k.shape[1], sizes.query, sizes.key)
+    tiles = tile_map(padded, keys, sizes.query, sizes.key)
     ends = (padded.a0, padded.b0), (padded.a1, padded.b1)
-    return tiles, _rows_of_eight([jnp.stack(x, axis=1)[:, :, None] for x in ends], 2)
+    rows = jnp.stack([jnp.stack(x, axis=1) for x in ends], axis=2)
+    return Work(tile_list(tiles, by_keys), _pad(rows, 8, axis=2))
 
 
-def _forward(impl: Mosaic, q, k, v, bounds: Intervals):
-    sizes = _sizes(impl, q.shape[1], k.shape[1])
-    tiles, rows = _prepare(sizes, k, bounds)
-    out, lse = tpu_training.forward(
-        sizes,
-        tile_list(tiles),
-        rows,
-        _grouped(q, k.shape[2], sizes.query),
-        _heads_first(k, sizes.key),
-        _heads_first(v, sizes.key),
-    )
-    return _ungrouped(out, q.shape[1]), _ungrouped(lse, q.shape[1])
+def _sizes(impl: Mosaic, queries: int, keys: int) -> Sizes:
+    return Sizes(_tile(impl.query_tile, queries), _tile(impl.key_tile, keys), impl.interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(impl, q, k, v, bounds):
+def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
     if k.shape[1] == 0:
         return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
-    return _forward(impl, q, k, v, bounds)
+    sizes = _sizes(impl, q.shape[1], k.shape[1])
+    out, lse = forward(
+        sizes,
+        _work(sizes, bounds, k.shape[1]),
+        _grouped(q, k.shape[2], sizes.query),
+        _heads_first(k, sizes.key)[None],
+        _heads_first(v, sizes.key)[None],
+        jnp.zeros((), jnp.int32),
+    )
+    return _ungrouped(out, q.shape[1]), _ungrouped(lse, q.shape[1])
 
 
 def _attention_fwd(impl, q, k, v, bounds):
@@ -116,24 +143,57 @@ def _attention_bwd(impl, residuals, cotangents):
     dK = dS^T Q; each kernel computes P again.
     """
     q, k, v, bounds, out, lse = residuals
-    if k.shape[1] == 0:
+    keys, kv_heads = k.shape[1:3]
+    if keys == 0:
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
     d_out, d_lse = cotangents
-    sizes = _sizes(impl, q.shape[1], k.shape[1])
-    tiles, rows = _prepare(sizes, k, bounds)
+    sizes = _sizes(impl, q.shape[1], keys)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    stats = jnp.concatenate([_grouped(x, kv_heads, sizes.query) for x in (lse, delta)], axis=2)
     arguments = (
-        rows,
-        _grouped(q, k.shape[2], sizes.query),
+        _grouped(q, kv_heads, sizes.query),
         _heads_first(k, sizes.key),
         _heads_first(v, sizes.key),
-        _grouped(d_out, k.shape[2], sizes.query),
-        _rows_of_eight([_grouped(x, k.shape[2], sizes.query) for x in (lse, delta)], 2),
+        _grouped(d_out, kv_heads, sizes.query),
+        _pad(stats, 8, axis=2),
     )
-    d_q = tpu_training.backward_queries(sizes, tile_list(tiles), *arguments)
-    d_k, d_v = tpu_training.backward_keys(sizes, tile_list(tiles, by_keys=True), *arguments)
-    d_k, d_v = (x.swapaxes(1, 2)[:, : k.shape[1]] for x in (d_k, d_v))
+    d_q = backward_queries(sizes, _work(sizes, bounds, keys), *arguments)
+    d_k, d_v = backward_keys(sizes, _work(sizes, bounds, keys, by_keys=True), *arguments)
+    d_k, d_v = (x.swapaxes(1, 2)[:, :keys] for x in (d_k, d_v))
     return _ungrouped(d_q, q.shape[1]), d_k, d_v, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _window(impl: Mosaic, q, cache_k, cache_v, layer, bounds: Intervals):
+    """The heads of a group stand side by side as queries: one product for all of them."""
+    batch, length, heads, width = q.shape
+    kv_heads, slots = cache_k.shape[2:4]
+    group = heads // kv_heads
+    folded = q.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    folded = _pad(folded.reshape(batch, kv_heads, 1, group * length, width), 16, axis=3)
+    repeated = Intervals(*(jnp.tile(x, (1, group)) for x in bounds))
+    sizes = Sizes(folded.shape[3], min(impl.window_tile, slots), impl.interpret)
+    out, lse = forward(
+        sizes,
+        _work(sizes, repeated, slots),
+        folded,
+        cache_k,
+        cache_v,
+        layer,
+        jnp.stack([_cover(bounds.a0, bounds.a1), _cover(bounds.b0, bounds.b1)]),
+    )
+
+    def unfold(x):
+        x = x[:, :, 0, : group * length].reshape(batch, kv_heads, group, length, *x.shape[4:])
+        return jnp.moveaxis(x, 3, 1).reshape(batch, length, heads, *x.shape[4:])
+
+    return unfold(out), unfold(lse)
+
+
+def _cover(low: Int[Array, "B T"], high: Int[Array, "B T"]) -> Int[Array, "2 B"]:
+    """First and past-the-last key that any query of a row sees."""
+    some = high > low
+    first = jnp.where(some, low, jnp.iinfo(jnp.int32).max).min(axis=1)
+    return jnp.stack([first, jnp.where(some, high, 0).max(axis=1)])

@@ -1,25 +1,51 @@
-"""The TPU kernels in interpret mode: the laws of attention, races, and what a grid visits."""
+"""The TPU training kernels without a TPU: the laws of attention, races, and what a grid visits."""
+
+from dataclasses import replace
 
 import jax
-from attention_cases import AttentionCases
+import pytest
+from attention_cases import BLOCK, TOKEN, AttentionCases, Document
 from tpu_interpret import INTERPRET, assert_no_races
 
 from pallas_kernels import Mosaic
+from pallas_kernels.tiles import tile_list, tile_map
 
 
 class TestMosaic(AttentionCases):
-    """Tiles that divide the row; queries and keys of tests shorter than a tile share it."""
+    """Tiles that divide the row, run by jax's plain interpreter."""
 
     impl = Mosaic(query_tile=16, key_tile=16, interpret=True)
 
+
+@pytest.mark.slow
+class TestMosaicUnderTheRaceDetector(AttentionCases):
+    """The same, every kernel call checked: two cores, copies at their own time, memory of NaN."""
+
+    impl = Mosaic(query_tile=16, key_tile=16, interpret=INTERPRET)
+
     def run(self, case, dtype="float32", bounds=None):
-        result = super().run(case, dtype, bounds)
-        jax.block_until_ready(result)
+        result = jax.block_until_ready(super().run(case, dtype, bounds))
         assert_no_races()
         return result
 
 
-class TestMosaicRaggedTiles(TestMosaic):
-    """Tiles of different lengths that do not divide the row."""
+def test_tiles_that_divide_nothing():
+    """Tiles of different lengths, rows that are a multiple of neither."""
+    cases = TestMosaic()
+    cases.length, cases.impl = 60, Mosaic(query_tile=32, key_tile=24, interpret=True)
+    cases.check(cases.case(cases.row([Document(7, 3, 1), Document(14, 4)]), BLOCK))
 
-    impl = Mosaic(query_tile=32, key_tile=16, interpret=INTERPRET)
+
+def test_no_races_and_a_grid_as_long_as_the_work():
+    """Forward and backward under the race detector; each kernel visits its list, no pair more."""
+    points = []
+    seen = replace(INTERPRET, grid_point_recorder=lambda *point: points.append(point))
+    cases = TestMosaicUnderTheRaceDetector()
+    cases.length, cases.impl = 24, Mosaic(query_tile=8, key_tile=8, interpret=seen)
+    case = cases.case(cases.row([Document(7, 3, 1), Document(2, 4), Document(14, 4)]), TOKEN)
+    jax.block_until_ready(cases.check(case))
+    assert_no_races()
+    tiles = tile_map(case.intervals, 24, 8, 8)
+    lists = [tile_list(tiles), tile_list(tiles), tile_list(tiles, by_keys=True)]
+    assert len(points) == 2 * sum(int(found.count) for found in lists)
+    assert sum(int(found.count) for found in lists) < 3 * 2 * 3 * 3

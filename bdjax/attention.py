@@ -1,13 +1,21 @@
-"""The only door to the attention kernels: one call, run on each device's rows and heads."""
+"""The only door to the attention kernels: one call, run on each device's rows and heads.
 
+Without an explicit implementation the choice goes by chip, shape and dtype. Candidates are tried in
+order: one that cannot serve says why, the next is asked, and both are logged, once per text, by the
+logger "bdjax.attention".
+"""
+
+import functools
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from bdjax.sharding import per_shard
-from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, merge
+from bdjax.sharding import device_kind, per_shard
+from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, Mosaic, merge
 
-Implementation = Dense | Blockwise | Cudnn
+Implementation = Dense | Blockwise | Cudnn | Mosaic
 
 HEADS = ("batch", "length", "heads", "head_dim")
 KV_HEADS = ("batch", "length", "kv_heads", "head_dim")
@@ -16,6 +24,9 @@ INTERVALS = Intervals(*[("batch", "length")] * 4)
 
 # Up to here one masked softmax beats the tile loop on CPU and holds a few MB per row and head.
 _DENSE_PAIRS = 1024 * 1024
+
+# A chip's kernel gains nothing over so few pairs: a window over its own keys.
+_FEW_PAIRS = 128 * 128
 
 # Dense attention copies the layer of the cache that it reads: only short caches may be read so.
 _DENSE_SLOTS = 512
@@ -30,11 +41,45 @@ class Prefix(NamedTuple):
     intervals: Intervals
 
 
-def choose(impl: Implementation | None, queries: int, keys: int) -> Implementation:
-    """`impl`, or the implementation that suits T x S when it is None."""
-    if impl is not None:
-        return impl
-    return Dense() if queries * keys <= _DENSE_PAIRS else Blockwise()
+def candidates(kind: str, queries: int, keys: int, width: int) -> tuple[Implementation, ...]:
+    """Implementations for T = `queries` over S = `keys` on a chip, the preferred first.
+
+    kind: `device_kind` of the chip. width: head_dim, by which tiles are chosen.
+    """
+    portable = Dense() if queries * keys <= _DENSE_PAIRS else Blockwise()
+    if kind == "cpu" or queries * keys <= _FEW_PAIRS:
+        return (portable,)
+    if kind.startswith("TPU"):
+        return Mosaic.tuned(kind, width), portable
+    return Cudnn(), portable
+
+
+def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation, ...]:
+    """The same for a window over a cache of `slots` slots a row."""
+    if slots <= _DENSE_SLOTS:
+        return (Dense(),)
+    if kind.startswith("TPU"):
+        return Mosaic.tuned(kind, width), Blockwise()
+    return (Blockwise(),)
+
+
+def first_that_serves(impls: tuple[Implementation, ...], call: Callable):
+    """`call(impl)` of the first implementation that does not refuse; the last one may raise."""
+    for impl in impls[:-1]:
+        try:
+            found = call(impl)
+        except NotImplementedError as reason:
+            _say(f"{impl} cannot serve: {reason}")
+        else:
+            _say(f"attention by {impl}")
+            return found
+    _say(f"attention by {impls[-1]}")
+    return call(impls[-1])
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logging.getLogger("bdjax.attention").info(text)
 
 
 def attend(
@@ -48,24 +93,25 @@ def attend(
     """Attention of a window over its own keys and, if given, over a cached prefix.
 
     Prefix and own keys are two score sets merged by log-sum-exp, never concatenated. Scores are
-    scaled by 1/sqrt(H) and summed in float32.
+    scaled by 1/sqrt(H) and summed in float32. Raises NotImplementedError, with the reason, when an
+    explicit `impl` cannot serve.
     """
-    kernel = choose(impl, q.shape[1], k.shape[1])
+    kind, (width, slots) = device_kind(), (q.shape[3], 0 if prefix is None else prefix.k.shape[3])
+    own_impls, prefix_impls = (impl,), (impl,)
+    if impl is None:
+        own_impls = candidates(kind, q.shape[1], k.shape[1], width)
+        prefix_impls = prefix_candidates(kind, slots, width)
     if prefix is None:
         alone = per_shard(
-            lambda q, k, v, own: kernel.attention(q, k, v, own)[0],
+            lambda *shard: first_that_serves(own_impls, lambda impl: impl.attention(*shard)[0]),
             (HEADS, KV_HEADS, KV_HEADS, INTERVALS),
             HEADS,
         )
         return alone(q, k, v, own)
-    slots = prefix.k.shape[3]
-    prefix_kernel = choose(impl, q.shape[1], slots)
-    if impl is None and slots > _DENSE_SLOTS:
-        prefix_kernel = Blockwise()
 
     def both(q, k, v, own, prefix):
-        mine = kernel.attention(q, k, v, own)
-        before = prefix_kernel.prefix_attention(q, *prefix)
+        mine = first_that_serves(own_impls, lambda impl: impl.attention(q, k, v, own))
+        before = first_that_serves(prefix_impls, lambda impl: impl.prefix_attention(q, *prefix))
         return merge(*before, *mine)[0]
 
     specs = (HEADS, KV_HEADS, KV_HEADS, INTERVALS, Prefix(CACHE, CACHE, (), INTERVALS))

@@ -56,6 +56,13 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def device_kind() -> str:
+    """The kind of the devices that a trace is for: of the mesh in force, else of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def spec(*meanings: str | None) -> PartitionSpec | None:
     """The partition of an array whose axes mean `meanings`; None without a mesh.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
 from pallas_kernels.quiet import quiet
+from pallas_kernels.tile_sizes import tile_sizes
 from pallas_kernels.tiles import tile_list, tile_map
 from pallas_kernels.tpu_backward import backward_keys, backward_queries
 from pallas_kernels.tpu_forward import forward
@@ -38,6 +39,12 @@ class Mosaic:
             size = getattr(self, name)
             if size < 1 or size % step:
                 raise ValueError(f"{name}={size} must be a multiple of {step}; type {name}=512")
+
+    @classmethod
+    def tuned(cls, kind: str, head_dim: int) -> "Mosaic":
+        """With the table's tiles for a chip of this `device_kind`."""
+        sizes = tile_sizes(kind, head_dim)
+        return cls(query_tile=sizes.query, key_tile=sizes.key, window_tile=sizes.window)
 
     def attention(
         self,

@@ -20,8 +20,8 @@ from attention_cases import (
 )
 
 from bdjax import sharding
-from bdjax.attention import Prefix, attend, choose
-from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, Meta
+from bdjax.attention import Prefix, attend, candidates, first_that_serves, prefix_candidates
+from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, Meta, Mosaic
 from pallas_kernels.merge import EMPTY
 
 
@@ -132,11 +132,35 @@ def test_tiles_must_be_positive():
         Blockwise(key_tile=-1)
 
 
-def test_the_choice_goes_by_the_number_of_pairs_and_yields_to_an_explicit_one():
-    assert choose(None, 64, 64) == Dense()
-    assert choose(None, 8192, 8192) == Blockwise()
-    explicit = Blockwise(query_tile=3)
-    assert choose(explicit, 64, 64) is explicit
+def test_the_choice_goes_by_chip_and_number_of_pairs():
+    """Each list ends with something that serves any shape and holds no T x S of a long row."""
+    tpu, gpu = "TPU v5 lite", "NVIDIA H100 80GB HBM3"
+    assert candidates("cpu", 64, 64, 64) == (Dense(),)
+    assert candidates("cpu", 8192, 8192, 64) == (Blockwise(),)
+    assert candidates(tpu, 8192, 8192, 128) == (Mosaic.tuned(tpu, 128), Blockwise())
+    assert candidates(gpu, 8192, 8192, 128) == (Cudnn(), Blockwise())
+    assert candidates(tpu, 64, 64, 128) == candidates(gpu, 64, 64, 128) == (Dense(),)
+    assert prefix_candidates(gpu, 512, 64) == prefix_candidates(tpu, 512, 64) == (Dense(),)
+    assert prefix_candidates(tpu, 4096, 64) == (Mosaic.tuned(tpu, 64), Blockwise())
+    assert prefix_candidates("cpu", 4096, 64) == (Blockwise(),)
+
+
+def test_a_refusal_is_passed_over_with_its_reason_and_the_last_one_is_raised(caplog):
+    """The choice and each reason are logged once however often it is made."""
+
+    def call(impl):
+        if impl == Dense():
+            return "served"
+        raise NotImplementedError(f"no {impl} on Sundays")
+
+    refusing, serving = Mosaic(query_tile=384), Dense()
+    with caplog.at_level("INFO", logger="bdjax.attention"):
+        for _ in range(2):
+            assert first_that_serves((refusing, serving), call) == "served"
+    said = [r.getMessage() for r in caplog.records]
+    assert len([text for text in said if "on Sundays" in text]) == 1
+    with pytest.raises(NotImplementedError, match="on Sundays"):
+        first_that_serves((refusing,), call)
 
 
 @pytest.mark.parametrize("impl", [None, Blockwise(query_tile=4, key_tile=8)], ids=["none", "tiles"])

@@ -39,7 +39,12 @@ def test_tiles_that_divide_nothing():
 def test_no_races_and_a_grid_as_long_as_the_work():
     """Forward and backward under the race detector; each kernel visits its list, no pair more."""
     points = []
-    seen = replace(INTERPRET, grid_point_recorder=lambda *point: points.append(point))
+
+    def record(token, *point):
+        points.append(point)
+        return token
+
+    seen = replace(INTERPRET, grid_point_recorder=record)
     cases = TestMosaicUnderTheRaceDetector()
     cases.length, cases.impl = 24, Mosaic(query_tile=8, key_tile=8, interpret=seen)
     case = cases.case(cases.row([Document(7, 3, 1), Document(2, 4), Document(14, 4)]), TOKEN)

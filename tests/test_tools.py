@@ -25,13 +25,13 @@ QUICK = ["--repeats", "2", "--at-least", "0.001"]
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "found.json"
-    bench.main([*TINY, *QUICK, "--documents", "24", "--out", str(out)])
+    bench.main([*TINY, *QUICK, "--documents", "20", "--out", str(out)])
     found = json.loads(out.read_text())
     return found, {entry["name"]: entry for entry in found["contestants"]}
 
 
 @pytest.mark.parametrize("clean", CleanMode)
-@pytest.mark.parametrize("documents", [None, 24])
+@pytest.mark.parametrize("documents", [None, 20])
 def test_a_case_is_a_training_row(clean, documents):
     """The integers by arithmetic are those of the layout, so all contestants have one mask."""
     case = race.Case(rows=1, length=64, block=8, documents=documents, clean=clean)
@@ -47,7 +47,7 @@ def test_a_case_is_a_training_row(clean, documents):
 
 def test_flops_are_those_of_visible_pairs(written):
     found, by_name = written
-    case = race.Case(rows=2, length=64, block=8, documents=24)
+    case = race.Case(rows=2, length=64, block=8, documents=20)
     index = np.arange(128)
     visible = 2 * int(case.visible(index[:, None], index[None]).sum())
     for name in ("dense", "blockwise"):
@@ -91,7 +91,7 @@ def test_a_wrong_contestant_is_not_timed(fault):
 
 @pytest.mark.parametrize("tiles", [(128, 128), (16, 8), (4, 4), (5, 7)])
 def test_tiles_are_counted_as_enumerated(tiles):
-    case = race.Case(rows=2, length=64, block=8, documents=24)
+    case = race.Case(rows=2, length=64, block=8, documents=20)
     seen, visited, full = case.intervals(), 0, 0
     keys = np.arange(-(-128 // tiles[1]) * tiles[1])
     for low, high in ((seen.a0, seen.a1), (seen.b0, seen.b1)):

@@ -47,11 +47,11 @@ def candidates(kind: str, queries: int, keys: int, width: int) -> tuple[Implemen
     kind: `device_kind` of the chip. width: head_dim, by which tiles are chosen.
     """
     portable = Dense() if queries * keys <= _DENSE_PAIRS else Blockwise()
-    if kind == "cpu" or queries * keys <= _FEW_PAIRS:
+    if queries * keys <= _FEW_PAIRS:
         return (portable,)
     if kind.startswith("TPU"):
         return Mosaic.tuned(kind, width), portable
-    return Cudnn(), portable
+    return (Cudnn(), portable) if kind.startswith("NVIDIA") else (portable,)
 
 
 def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation, ...]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from attention_cases import (
     BLOCK,
-    TOKEN,
     AttentionCases,
     Document,
     assert_close,
@@ -21,7 +20,7 @@ from attention_cases import (
 
 from bdjax import sharding
 from bdjax.attention import Prefix, attend, candidates, first_that_serves, prefix_candidates
-from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, Meta, Mosaic
+from pallas_kernels import Blockwise, Cudnn, Dense, Meta, Mosaic
 from pallas_kernels.merge import EMPTY
 
 
@@ -81,48 +80,6 @@ def test_merging_with_nothing_changes_nothing():
     merged, pulled = merge_jit([*nothing, *nothing], d_out, d_lse)
     assert (np.asarray(merged[0]) == 0).all() and (np.asarray(merged[1]) == EMPTY).all()
     assert all(np.isfinite(np.asarray(x)).all() for x in pulled)
-
-
-def test_cudnn_says_what_it_cannot_serve():
-    meta = stack(with_views(pack(8, [Document(8, 4)]), 1))
-    case = make_case(meta, meta, BLOCK, heads=2, kv_heads=1, width=8)
-    arrays = [jnp.asarray(x, jnp.float32) for x in (case.q, case.k, case.v)]
-    with pytest.raises(NotImplementedError, match="not float32; use Dense"):
-        Cudnn().attention(*arrays, case.intervals)
-    narrow = [x.astype(jnp.bfloat16)[..., :4] for x in arrays]
-    with pytest.raises(NotImplementedError, match="head_dim in eights, not 4"):
-        Cudnn().attention(*narrow, case.intervals)
-    odd = [x.astype(jnp.bfloat16)[:, :15] for x in arrays]
-    fewer = Intervals(*(x[:, :15] for x in case.intervals))
-    for found, wanted in zip(
-        Cudnn().attention(*odd, fewer), Dense().attention(*odd, fewer), strict=True
-    ):
-        np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("clean", [TOKEN, BLOCK])
-def test_cudnn_equals_the_reference(clean):
-    """Outputs, both gradients of the merge's inputs, NaN in padding; bfloat16, 1e-2 relative."""
-    rows = [pack(64, [Document(24, 4), Document(20, 8, 4), Document(9, 16)]), pack(64, [])]
-    meta = stack(*(with_views(row, 2) for row in rows))
-    case = make_case(meta, meta, clean, heads=4, kv_heads=2, width=64)
-    padding = meta.segment == 0
-    half = [jnp.asarray(x, jnp.bfloat16) for x in (case.q, case.k, case.v, case.d_out)]
-    expected = reference(*(np.asarray(x, np.float64) for x in half), case.d_lse, case.seen)
-    q, k, v, d_out = half
-    k, v = (jnp.where(padding[:, :, None, None], jnp.nan, x) for x in (k, v))
-
-    def value(q, k, v):
-        out, lse = Cudnn().attention(q, k, v, case.intervals)
-        lse = jnp.where(case.seen.any(axis=-1)[:, :, None], lse, 0.0)
-        return (out * d_out).astype(jnp.float32).sum() + (lse * case.d_lse).sum(), out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    pairs = [(out, expected.out), *zip(grads, expected[2:], strict=True)]
-    for name, (found, wanted) in zip(("out", "q", "k", "v"), pairs, strict=True):
-        found = np.where(padding[:, :, None, None], 0, np.asarray(found, np.float64))
-        assert np.linalg.norm(found - wanted) < 1e-2 * np.linalg.norm(wanted), name
 
 
 def test_tiles_must_be_positive():

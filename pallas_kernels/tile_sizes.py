@@ -1,4 +1,4 @@
-"""Which tiles the TPU kernels use on which chip, from a table that tools/tile_sizes.py writes."""
+"""Which tiles the TPU kernels use on which chip, from a table by `tools/compile_tpu.py tiles`."""
 
 import json
 from importlib import resources

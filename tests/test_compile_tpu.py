@@ -16,6 +16,7 @@ import compile_tpu as tool
 from attention_race import Case
 
 from pallas_kernels import Blockwise
+from pallas_kernels.tile_sizes import TileSizes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULE = """\
@@ -69,6 +70,30 @@ def test_what_does_not_compile_says_why():
     assert tool.lines(found) == ["  does not compile: NotImplementedError: head_dim 7: type 8"]
 
 
+def test_the_table_gets_the_cheapest_tiles_that_compile():
+    def entry(width, query, key, cycles):
+        return dict(head_dim=width, query_tile=query, key_tile=key, cycles_per_1000_pairs=cycles)
+
+    def row(kind, width, query, key, window):
+        return dict(kind=kind, head_dim=width, query=query, key=key, window=window)
+
+    other = row("TPU v6 lite", 64, 1, 2, 3)
+    table = {"rows": [other, row("TPU v5", 128, 128, 128, 512)]}
+    found = [
+        entry(128, 512, 256, 9.0),
+        entry(128, 256, 512, 7.0),
+        entry(128, 2048, 2048, None),
+        entry(64, 1024, 1024, None),
+        entry(80, 512, 512, 4.0),
+    ]
+    rows = tool.with_best(table, "TPU v5", found)["rows"]
+    assert rows == [
+        row("TPU v5", 80, 512, 512, TileSizes().window),
+        row("TPU v5", 128, 256, 512, 512),
+        other,
+    ]
+
+
 def test_a_path_is_a_config_and_what_is_left_its_overrides(capsys):
     args = tool.arguments(["a.py", "--topology", "v5e-16", "mesh.data=2", "--rows", "8", "x=1"])
     assert (args.command, args.path, args.overrides) == ("config", "a.py", ["mesh.data=2", "x=1"])
@@ -91,6 +116,26 @@ def test_a_kernel_for_a_chip_that_is_not_there(tmp_path):
         for schedule in found[name]["bundles"].values():
             assert schedule["total"] > sum(schedule["stretches"]) > 100
         assert found[name]["fits"] and found[name]["estimated_cycles"] > 0
+
+
+@pytest.mark.slow
+def test_tiles_of_our_kernel_have_a_price(tmp_path):
+    pytest.importorskip("libtpu", reason="pip install 'bdjax[plan]'")
+    table = tmp_path / "tile_sizes.json"
+    table.write_text('{"rows": []}')
+    words = ["--length", 1024, "--heads", 4, "--kv-heads", 2, "--head-dims", 128]
+    sizes = ["--query-tiles", 128, 256, "--key-tiles", 256, "--table", table]
+    run("tiles", *words, *sizes, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["tiles"]
+    assert [e["query_tile"] for e in found] == [128, 256]
+    # The products alone take 14 H FLOPs a pair, at 2 x 4 x 128 x 128 a cycle on this chip.
+    least = 1000 * 14 * 128 / (8 * 128 * 128)
+    for entry in found:
+        assert len(entry["bundles"]) == 3
+        assert least < entry["cycles_per_1000_pairs"] < 20 * least
+    best = min(found, key=lambda e: e["cycles_per_1000_pairs"])
+    (row,) = json.loads(table.read_text())["rows"]
+    assert (row["query"], row["key"]) == (best["query_tile"], best["key_tile"])
 
 
 @pytest.mark.slow

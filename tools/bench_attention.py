@@ -53,27 +53,25 @@ FLOPS = {"forward": 4, "backward": 14}
 _DENSE_BYTES = 24
 
 
-def _kernel(name: str):
+def _kernel(name: str, head_dim: int):
     """One of `pallas_kernels` by class name, on the platform that it is for."""
     if name in ("Cudnn", "Mosaic"):
         only("gpu" if name == "Cudnn" else "tpu")
-    kind = getattr(pallas_kernels, name, None)
-    if kind is None:
-        raise NotImplementedError(f"pallas_kernels has no {name}")
-    return kind()
+    kind = getattr(pallas_kernels, name)
+    return kind.tuned(jax.devices()[0].device_kind, head_dim) if name == "Mosaic" else kind()
 
 
 def ours(name: str, case: Case, inputs, seen: Intervals) -> Runner:
     """An implementation of `pallas_kernels` as a contestant."""
-    kernel, length, visited = _kernel(name), 2 * case.length, None
+    kernel, length, visited = _kernel(name, case.head_dim), 2 * case.length, None
     if name == "Dense":
         visited = case.rows * length**2
         size, stats = case.heads * visited, jax.devices()[0].memory_stats() or {}
         if _DENSE_BYTES * size > stats.get("bytes_limit", 8e9):
             raise NotImplementedError(f"scores of {4 * size / 2**30:.0f} GiB do not fit")
-    tiles = getattr(kernel, "query_tile", None), getattr(kernel, "key_tile", None)
-    if all(tiles):
-        visited = tiled_pairs(seen, *tiles, length)
+    elif hasattr(kernel, "query_tile") and length >= 2 * max(kernel.query_tile, kernel.key_tile):
+        # In shorter rows the kernels take smaller tiles.
+        visited = tiled_pairs(seen, kernel.query_tile, kernel.key_tile, length)
 
     def call(q, k, v, seen):
         return kernel.attention(q, k, v, seen)[0]
@@ -129,7 +127,7 @@ def window(args) -> dict:
     seen, layer = Intervals(end * 0, end, end * 0, end * 0), jnp.int32(layers - 1)
 
     def build(name):
-        kernel = _kernel(name)
+        kernel = _kernel(name, args.head_dim)
 
         def call(q, k, v, extra):
             return kernel.prefix_attention(q, k, v, *extra)[0]

@@ -5,7 +5,8 @@
     python tools/compile_tpu.py configs/pod_1b.py --topology v5e-16 mesh.data=1 data.batch_size=16
 
 kernel: forward, backward (both passes in one program) and window, for one chip of the slice.
-tiles: the training kernel for a grid of tile sizes, and which of them do not compile.
+tiles: the training kernel for a grid of tile sizes, and which of them do not compile; --table puts
+the cheapest into pallas_kernels/tile_sizes.json.
 A config: its train step and its sampler (`advance`), for the slice.
 
 Bytes are per device. Cycles are the compiler's and leave out Mosaic kernels, for which it gives
@@ -23,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +55,7 @@ from bdjax.policies import Dynamic  # noqa: E402
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, advance, start  # noqa: E402
 from bdjax.sharding import make_mesh, spec  # noqa: E402
 from pallas_kernels import CleanMode, Intervals  # noqa: E402
+from pallas_kernels.tile_sizes import TileSizes  # noqa: E402
 
 # --- What a compiled program says -----------------------------------------------------------------
 
@@ -204,10 +207,16 @@ def implementation(args, case: Case, tiles: tuple[int | None, int | None]):
             return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
 
         return splash, None
+    impl = getattr(pallas_kernels, args.implementation.capitalize())
+    if args.implementation == "mosaic":
+        impl = partial(replace, impl.tuned(_device(args.topology).device_kind, case.head_dim))
     sizes = dict(zip(("query_tile", "key_tile"), tiles, strict=True))
-    kind = getattr(pallas_kernels, args.implementation.capitalize())
-    impl = kind(**{name: size for name, size in sizes.items() if size})
-    return lambda *inputs: impl.attention(*inputs)[0], getattr(impl, "prefix_attention", None)
+    chosen = impl(**{name: size for name, size in sizes.items() if size})
+    return lambda *inputs: chosen.attention(*inputs)[0], chosen.prefix_attention
+
+
+def _device(topology: str):
+    return one_chip(topology).devices.flat[0]
 
 
 def gradients(attention):
@@ -243,33 +252,63 @@ def kernel(args, schedules: Schedules) -> dict:
 def tiles(args, schedules: Schedules) -> dict:
     """The training kernel over a grid of tiles, with its cycles per 1000 visible pairs and head."""
     titles = ("head_dim", "query", "key", "visited/visible", "cycles per 1000 pairs", "kernels")
-    rows = [" | ".join(titles), " | ".join(["---"] * len(titles))]
-    found = []
-    for head_dim in args.head_dims:
-        case = case_of(args, head_dim)
-        seen, arguments = case.intervals(), training_arguments(case)
-        for query, key in itertools.product(args.query_tiles, args.key_tiles):
-            attention, _ = implementation(args, case, (query, key))
-            entry = {"head_dim": head_dim, "query_tile": query, "key_tile": key}
-            entry |= compiled_for(args.topology, gradients(attention), arguments)
-            entry["bundles"] = schedules.take(entry.get("mosaic_calls", ()))
-            visited, full = tile_counts(seen, query, key, 2 * case.length)
-            entry["visited_over_visible"] = visited * query * key / pairs(seen)
-            cells = [str(head_dim), str(query), str(key), f"{entry['visited_over_visible']:.3f}"]
-            entry["kernel_cycles"] = {
-                name: case.kv_heads
-                * ((visited - full) * size["stretches"][0] + full * size["stretches"][1])
-                for name, size in entry["bundles"].items()
-            }
-            cycles = 1000 * sum(entry["kernel_cycles"].values()) / pairs(seen) / case.heads
-            entry["cycles_per_1000_pairs"] = cycles or None
-            stretches = ", ".join(f"{n}: {b['stretches']}" for n, b in entry["bundles"].items())
-            cells += [f"{cycles:.2f}" if cycles else "", entry.get("failed", stretches)]
-            found.append(entry)
-            rows.append(" | ".join(cells))
-            print(f"... {rows[-1]}", file=sys.stderr, flush=True)
+    rows, found = [" | ".join(titles), " | ".join(["---"] * len(titles))], []
+    for head_dim, query, key in itertools.product(args.head_dims, args.query_tiles, args.key_tiles):
+        entry = tile_pair(args, schedules, case_of(args, head_dim), query, key)
+        cycles, calls = entry["cycles_per_1000_pairs"], entry["bundles"].items()
+        stretches = ", ".join(f"{name}: {size['stretches']}" for name, size in calls)
+        ratio = f"{entry['visited_over_visible']:.3f}"
+        cells = [head_dim, query, key, ratio, f"{cycles:.2f}" if cycles else ""]
+        rows.append(" | ".join(map(str, [*cells, entry.get("failed", stretches)])))
+        found.append(entry)
+        print(f"... {rows[-1]}", file=sys.stderr, flush=True)
     print("\n".join(f"| {row} |" for row in rows))
-    return {"tiles": found}
+    kind = _device(args.topology).device_kind
+    if args.table:
+        table = json.loads(args.table.read_text())
+        args.table.write_text(json.dumps(with_best(table, kind, found), indent=1) + "\n")
+    return {"kind": kind, "tiles": found}
+
+
+def tile_pair(args, schedules: Schedules, case: Case, query: int, key: int) -> dict:
+    """What a training kernel of these tiles costs, or why it does not compile."""
+    if max(query, key) > case.length:
+        raise SystemExit(
+            f"rows of {2 * case.length} hold no two tiles of {max(query, key)}; type --length "
+            f"{max(query, key)} or smaller tiles"
+        )
+    seen = case.intervals()
+    attention, _ = implementation(args, case, (query, key))
+    found = compiled_for(args.topology, gradients(attention), training_arguments(case))
+    schedule = schedules.take(found.get("mosaic_calls", ()))
+    visited, full = tile_counts(seen, query, key, 2 * case.length)
+    cycles = 0
+    for kernel in schedule.values():
+        masked, unmasked = kernel["stretches"]
+        cycles += case.kv_heads * ((visited - full) * masked + full * unmasked)
+    return found | {
+        "head_dim": case.head_dim,
+        "query_tile": query,
+        "key_tile": key,
+        "bundles": schedule,
+        "visited_over_visible": visited * query * key / pairs(seen),
+        "cycles_per_1000_pairs": 1000 * cycles / pairs(seen) / case.heads or None,
+    }
+
+
+def with_best(table: dict, kind: str, found: list[dict]) -> dict:
+    """The table of `pallas_kernels.tile_sizes` with the cheapest tiles found for this chip.
+
+    Window tiles stay as they are: their cost is the cache's bytes, which no schedule shows.
+    """
+    rows = {(row["kind"], row["head_dim"]): row for row in table["rows"]}
+    for entry in sorted(found, key=lambda e: e["cycles_per_1000_pairs"] or 0, reverse=True):
+        if entry["cycles_per_1000_pairs"]:
+            place = kind, entry["head_dim"]
+            window = rows.get(place, {}).get("window", TileSizes().window)
+            sizes = {"query": entry["query_tile"], "key": entry["key_tile"], "window": window}
+            rows[place] = {"kind": kind, "head_dim": entry["head_dim"]} | sizes
+    return {"rows": [rows[place] for place in sorted(rows)]}
 
 
 # --- Configs --------------------------------------------------------------------------------------
@@ -354,7 +393,6 @@ def arguments(words: list[str]) -> argparse.Namespace:
             command.add_argument("--rows", type=int, default=16, help="of the sampler")
             command.add_argument("--slots", type=int, help="of its cache; default data.row_length")
             continue
-        command.add_argument("--implementation", default="mosaic", choices=_IMPLEMENTATIONS)
         command.add_argument("--rows", type=int, default=1)
         command.add_argument("--heads", type=int, default=16)
         command.add_argument("--kv-heads", type=int, help="default: --heads")
@@ -364,12 +402,18 @@ def arguments(words: list[str]) -> argparse.Namespace:
         command.add_argument("--clean", choices=[m.value for m in CleanMode], default="token")
         command.add_argument("--dtype", default="bfloat16")
         if name == "kernel":
+            choices = ("mosaic", "splash", "blockwise")
+            command.add_argument("--implementation", default="mosaic", choices=choices)
             command.add_argument("--head-dim", type=int, default=128)
             command.add_argument("--query-tile", type=int, help="default: the kernel's own")
             command.add_argument("--key-tile", type=int, help="default: the kernel's own")
             command.add_argument("--slots", type=int, default=32768, help="of the window's cache")
             command.add_argument("--window-tokens", type=int, default=64)
         else:
+            command.set_defaults(implementation="mosaic")
+            command.add_argument(
+                "--table", type=Path, help="pallas_kernels/tile_sizes.json: update"
+            )
             command.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
             command.add_argument("--query-tiles", type=int, nargs="+", default=[256, 512, 1024])
             command.add_argument("--key-tiles", type=int, nargs="+", default=[256, 512, 1024])
@@ -378,9 +422,6 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown words {' '.join(unknown)}; type --help, or key=value for a config")
     return args
-
-
-_IMPLEMENTATIONS = ("mosaic", "splash", "blockwise")
 
 
 def main(words: list[str] | None = None) -> None:

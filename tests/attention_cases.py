@@ -415,7 +415,7 @@ class AttentionCases:
         expected = reference(case.q, case.k, case.v, case.d_out, case.d_lse, case.seen)
         results = [self.run(case, bounds=part) for part in parts]
         d_out, d_lse = (jnp.asarray(x, jnp.float32) for x in (case.d_out, case.d_lse))
-        halves = [x for r in results for x in (r.out, r.lse)]
+        halves = [x for r in results for x in (r.out.astype(jnp.float32), r.lse)]
         (out, lse), (d_out_1, d_lse_1, d_out_2, d_lse_2) = merge_jit(halves, d_out, d_lse)
         some = case.seen.any(axis=-1)
         assert_close(out, expected.out, self.close, "out")

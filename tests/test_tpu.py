@@ -5,16 +5,23 @@ what the compiled programs hold.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bdjax.hlo import mosaic_calls
-from bdjax.plan import tpu_slice
+from bdjax import apply_overrides, load_config
+from bdjax.hlo import largest_buffers, mosaic_calls
+from bdjax.plan import compile_step, tpu_slice
 from bdjax.sharding import make_mesh
 from pallas_kernels import Intervals, Mosaic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import compile_tpu
 
 pytest.importorskip("libtpu", reason="pip install 'bdjax[plan]'")
 
@@ -91,3 +98,50 @@ def test_the_window_kernel_reads_a_long_cache_in_place(topology):
     assert mosaic_calls(program.as_text()) == {"window_forward": 1}
     layer = math.prod(cache.shape[1:]) * 2
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * layer
+
+
+# A small shape, with lengths and a vocabulary that nothing else has.
+LENGTH, SLOTS, ROWS, WIDTH = 2048, 8192, 32, 384
+SPINE = (
+    f"mesh.data=1 mesh.fsdp=8 mesh.tensor=2 data.batch_size=8 data.row_length={LENGTH} "
+    f"model.num_layers=2 model.width={WIDTH} model.num_heads=16 model.num_kv_heads=8 "
+    "model.head_dim=128 model.mlp_width=512"
+)
+
+
+@pytest.fixture(scope="module")
+def spine():
+    return apply_overrides(load_config("configs/pod_1b.py"), SPINE.split())
+
+
+def no_logits(text: str, rows: int, vocabulary: int) -> None:
+    """No array of `rows` rows over the vocabulary or a device's half of it, but the weights."""
+    for buffer in largest_buffers(text, rows * vocabulary // 2):
+        long = set(buffer.shape) & {vocabulary, vocabulary // 2}
+        assert not long or WIDTH in buffer.shape, buffer
+
+
+def test_the_train_step_of_a_slice_calls_the_kernels_and_holds_no_square_and_no_logits(spine):
+    """v5e-16, explicit sharding: forward twice (rematerialised), both backward kernels, a layer."""
+    text = compile_step(spine, "v5e-16").compiled.as_text()
+    assert mosaic_calls(text) == {
+        "two_stream_forward": 2 * spine.model.num_layers,
+        "two_stream_backward_queries": spine.model.num_layers,
+        "two_stream_backward_keys": spine.model.num_layers,
+    }
+    assert largest_buffers(text, 1) and not largest_buffers(text, (2 * LENGTH) ** 2)
+    no_logits(text, LENGTH, spine.vocab_size)
+
+
+def test_the_sampler_of_a_slice_calls_the_window_kernel_and_copies_no_cache(spine):
+    """The loop of `advance` on v5e-16: a window call a layer in each of its two forward passes
+    (fused and not), and temporaries far below the cache of 4 rows and 4 heads a device."""
+    program = compile_tpu.compile_sampler(spine, "v5e-16", ROWS, SLOTS)
+    text, layers = program.as_text(), spine.model.num_layers
+    assert mosaic_calls(text) == {"window_forward": 2 * layers}
+    cache = (layers, ROWS // 8, 4, SLOTS, 128)
+    window = 2 * spine.objective.block_size.largest
+    for buffer in largest_buffers(text, ROWS // 8 * window * SLOTS):
+        assert math.prod(buffer.shape) == math.prod(cache), buffer
+    no_logits(text, ROWS // 8 * window, spine.vocab_size)
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * 2 * 2 * math.prod(cache)

@@ -332,7 +332,14 @@ def config(args, schedules: None) -> dict:
 
 
 def sampler(config, topology: str, rows: int, slots: int) -> dict:
-    """`read` of the sampler's loop, from abstract arrays; rows a multiple of data x fsdp."""
+    """`read` of the sampler's loop."""
+    begin = time.perf_counter()
+    compiled = compile_sampler(config, topology, rows, slots)
+    return read(compiled, _device(topology), time.perf_counter() - begin)
+
+
+def compile_sampler(config, topology: str, rows: int, slots: int) -> jax.stages.Compiled:
+    """`advance`, traced with abstract arrays; rows a multiple of data x fsdp."""
     mesh, alignment = slice_mesh(config, topology), config.objective.alignment
     size = config.objective.block_size.largest
     loop = Sampler(
@@ -363,10 +370,8 @@ def sampler(config, topology: str, rows: int, slots: int) -> dict:
         key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
         first = partial(start, loop, prefill=0)
         state = placed(jax.eval_shape(first, params, request, controls, key), mesh)
-        begin = time.perf_counter()
         traced = advance.trace(loop, params, state, UNLIMITED)
-        compiled = traced.lower(lowering_platforms=platforms(topology)).compile()
-    return read(compiled, mesh.devices.flat[0], time.perf_counter() - begin)
+        return traced.lower(lowering_platforms=platforms(topology)).compile()
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from bdjax.layout import clean_places, join_places, noisy_places  # noqa: E402
-from pallas_kernels import CleanMode, intervals  # noqa: E402
-from pallas_kernels.tiles import pairs, tile_list, tile_map  # noqa: E402
+from bdjax.layout import clean_places, join_places, noisy_places
+from pallas_kernels import CleanMode, intervals
+from pallas_kernels.tiles import pairs, tile_list, tile_map
 
 
 def microseconds(function, *arguments, repeats: int = 50) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Draws the tile map of a packed two-stream row: what the kernels visit, and where they need a mask.
+"""Draws the tile map of a packed two-stream row: what kernels visit, where they need a mask.
 
 python tools/tile_picture.py docs/tiles.png
 """

@@ -16,8 +16,7 @@ from pallas_kernels.tiles import tile_list, tile_map
 from pallas_kernels.tpu_backward import backward_keys, backward_queries
 from pallas_kernels.tpu_forward import forward
 from pallas_kernels.tpu_grid import Sizes, Work
-
-_WINDOW = 256
+from pallas_kernels.tpu_window import window_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +68,18 @@ class Mosaic:
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """`attention` over one layer of a stacked cache, forward only, for a short window.
 
-        Tiles that no query of a row sees are not read; no layer of the cache is ever copied.
-        Raises NotImplementedError for more than 256 queries and for float16.
+        No layer of the cache is ever copied, if S is a multiple of eight. Raises
+        NotImplementedError for more than 256 queries and for float16.
         """
-        if q.shape[1] > _WINDOW:
-            raise NotImplementedError(
-                f"the TPU window kernel takes up to {_WINDOW} queries, not {q.shape[1]}; "
-                "use Blockwise()"
-            )
-        if q.dtype == jnp.float16:
-            raise NotImplementedError("the TPU window kernel takes no float16; use Blockwise()")
-        return _window(self, q, cache_k, cache_v, layer, intervals)
+        return window_attention(
+            q,
+            cache_k,
+            cache_v,
+            layer,
+            intervals,
+            key_tile=self.window_tile,
+            interpret=self.interpret,
+        )
 
 
 def _pad(x: Array, tile: int, axis: int = 1) -> Array:
@@ -133,9 +133,8 @@ def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
         sizes,
         _work(sizes, bounds, k.shape[1]),
         _grouped(q, k.shape[2], sizes.query),
-        _heads_first(k, sizes.key)[None],
-        _heads_first(v, sizes.key)[None],
-        jnp.zeros((), jnp.int32),
+        _heads_first(k, sizes.key),
+        _heads_first(v, sizes.key),
     )
     return _ungrouped(out, q.shape[1]), _ungrouped(lse, q.shape[1])
 
@@ -171,36 +170,3 @@ def _attention_bwd(impl, residuals, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _window(impl: Mosaic, q, cache_k, cache_v, layer, bounds: Intervals):
-    """The heads of a group stand side by side as queries: one product for all of them."""
-    batch, length, heads, width = q.shape
-    kv_heads, slots = cache_k.shape[2:4]
-    group = heads // kv_heads
-    folded = q.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    folded = _pad(folded.reshape(batch, kv_heads, 1, group * length, width), 16, axis=3)
-    repeated = Intervals(*(jnp.tile(x, (1, group)) for x in bounds))
-    sizes = Sizes(folded.shape[3], min(impl.window_tile, slots), impl.interpret)
-    out, lse = forward(
-        sizes,
-        _work(sizes, repeated, slots),
-        folded,
-        cache_k,
-        cache_v,
-        layer,
-        jnp.stack([_cover(bounds.a0, bounds.a1), _cover(bounds.b0, bounds.b1)]),
-    )
-
-    def unfold(x):
-        x = x[:, :, 0, : group * length].reshape(batch, kv_heads, group, length, *x.shape[4:])
-        return jnp.moveaxis(x, 3, 1).reshape(batch, length, heads, *x.shape[4:])
-
-    return unfold(out), unfold(lse)
-
-
-def _cover(low: Int[Array, "B T"], high: Int[Array, "B T"]) -> Int[Array, "2 B"]:
-    """First and past-the-last key that any query of a row sees."""
-    some = high > low
-    first = jnp.where(some, low, jnp.iinfo(jnp.int32).max).min(axis=1)
-    return jnp.stack([first, jnp.where(some, high, 0).max(axis=1)])

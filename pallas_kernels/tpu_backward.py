@@ -44,7 +44,6 @@ def backward_queries(
         partial(_query_kernel, width**-0.5),
         sizes,
         work,
-        jnp.zeros(1, jnp.int32),
         in_specs=_inputs(specs, stats),
         out_specs=[specs.queries()],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
@@ -75,7 +74,6 @@ def backward_keys(
         partial(_key_kernel, width**-0.5),
         sizes,
         work,
-        jnp.zeros(1, jnp.int32),
         in_specs=_inputs(specs, stats),
         out_specs=[specs.keys(), specs.keys()],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
@@ -90,9 +88,7 @@ def _inputs(specs: Specs, stats):
     return [specs.bounds(), queries, keys, keys, queries, specs.per_query(stats.shape[2])]
 
 
-def _query_kernel(
-    scale, pair, row, scalars, bounds, q, k, v, d_out, stats, d_q, total, columns, per_query
-):
+def _query_kernel(scale, pair, row, bounds, q, k, v, d_out, stats, d_q, total, columns, per_query):
     flags, key_tile = entry(pair, row, "query")
     group = q.shape[0]
 
@@ -125,9 +121,7 @@ def _query_kernel(
         d_q[...] = (total[...] * scale).astype(d_q.dtype)
 
 
-def _key_kernel(
-    scale, pair, row, scalars, bounds, q, k, v, d_out, stats, d_k, d_v, total_k, total_v
-):
+def _key_kernel(scale, pair, row, bounds, q, k, v, d_out, stats, d_k, d_v, total_k, total_v):
     """Scores stand transposed here, keys by queries: what belongs to a query is a row."""
     flags, key_tile = entry(pair, row, "key")
     group = q.shape[0]

@@ -1,4 +1,4 @@
-"""Forward attention on a TPU (Pallas, Mosaic), of training rows and of a window over a cache.
+"""Forward attention of training rows on a TPU (Pallas, Mosaic).
 
 The grid is (KV heads, entries of a tile list), its second bound data: entries say which tiles are
 copied in, by scalar prefetch, so a tile that nobody sees costs nothing, and the next copy runs
@@ -10,10 +10,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.merge import EMPTY
 from pallas_kernels.tiles import FIRST, LAST
@@ -26,9 +25,11 @@ from pallas_kernels.tpu_grid import (
     dot,
     entry,
     interval,
+    lane_sums,
     masked_or_not,
     over_tiles,
     sees,
+    wide,
 )
 
 # Below the running maximum of no keys: a weight of zero, with neither NaN nor a second mask.
@@ -39,29 +40,18 @@ def forward(
     sizes: Sizes,
     work: Work,
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "L B K S H"],
-    v: Float[Array, "L B K S H"],
-    layer: Int[Array, ""],
-    cover: Int[Array, "2 2 B"] | None = None,
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
-    """Output in q's type and log-sum-exp in float32, over one layer of a stack of keys.
-
-    `cover`: first and past-the-last key that any query of a row sees, by clean and by own noisy
-    intervals. With it values outside of it may hold anything, NaN even, and S need be no multiple
-    of the key tile; without it they must be finite.
-    """
-    rows, _, group, _, width = q.shape
+    """Output in q's type and log-sum-exp in float32; S is a multiple of the key tile."""
+    group, width = q.shape[2], q.shape[4]
     specs = Specs(sizes, group, width, owner="query")
     stats = pltpu.VMEM((group, sizes.query, LANES), jnp.float32)
-    scalars = layer.reshape(1)
-    if cover is not None:
-        scalars = jnp.concatenate([scalars, cover.reshape(-1)])
     return over_tiles(
-        partial(_kernel, width**-0.5 * LOG2E, None if cover is None else rows),
+        partial(_kernel, width**-0.5 * LOG2E),
         sizes,
         work,
-        scalars,
-        in_specs=[specs.bounds(), specs.queries(), specs.stacked_keys(), specs.stacked_keys()],
+        in_specs=[specs.bounds(), specs.queries(), specs.keys(), specs.keys()],
         out_specs=[specs.queries(), specs.per_query(group)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -73,37 +63,11 @@ def forward(
             stats,
             pltpu.VMEM((2, sizes.query, 8), jnp.int32),
         ],
-        name="two_stream_forward" if cover is None else "window_forward",
+        name="two_stream_forward",
     )(q, k, v)
 
 
-def _wide(x, width: int):
-    """(rows, lanes) with all lanes alike as (rows, width)."""
-    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
-
-
-def _lane_sums(x):
-    """(rows, n) -> (rows, lanes) with the same sum in each row."""
-    if x.shape[1] % LANES:
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
-    return sum(x[:, c : c + LANES] for c in range(0, x.shape[1], LANES))
-
-
-def _cover(scalars, flags, rows: int):
-    """First and past-the-last key of this entry's interval that any query of its row sees."""
-    at = 1 + 2 * rows * interval(flags) + (flags >> 4)
-    return scalars[at], scalars[at + rows]
-
-
-def _inside(values, first, begin, end):
-    """Zeros in place of the values of keys outside of [begin, end)."""
-    key = first + lax.broadcasted_iota(jnp.int32, values.shape, 0)
-    return jnp.where((key >= begin) & (key < end), values, 0)
-
-
-def _kernel(
-    scale, rows, pair, row, scalars, bounds, q, k, v, out, lse, total_out, top, total, columns
-):
+def _kernel(scale, pair, row, bounds, q, k, v, out, lse, total_out, top, total, columns):
     flags, key_tile = entry(pair, row, "query")
     group = q.shape[0]
 
@@ -121,8 +85,6 @@ def _kernel(
             own = columns[interval(flags)]
             shape = own.shape[0], keys.shape[0]
             seen = sees((own[:, :1], own[:, 1:2]), key_tile * shape[1], shape, 1)
-            if rows is not None:
-                values = _inside(values, key_tile * shape[1], *_cover(scalars, flags, rows))
         for g in range(group):
             scores = dot(q[g], keys, 1, 1) * scale
             if masked:
@@ -130,12 +92,12 @@ def _kernel(
             # All lanes of a row hold the same: what stands once per row is never broadcast again.
             before = top[g]
             now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-            weights = jnp.exp2(scores - _wide(now, scores.shape[1]))
+            weights = jnp.exp2(scores - wide(now, scores.shape[1]))
             shrink = jnp.exp2(before - now)
             top[g] = now
-            total[g] = total[g] * shrink + _lane_sums(weights)
+            total[g] = total[g] * shrink + lane_sums(weights)
             part = dot(weights.astype(values.dtype), values, 1, 0)
-            total_out[g] = total_out[g] * _wide(shrink, part.shape[1]) + part
+            total_out[g] = total_out[g] * wide(shrink, part.shape[1]) + part
 
     masked_or_not(flags, step)
 
@@ -145,6 +107,6 @@ def _kernel(
             sums = jnp.broadcast_to(total[g].sum(axis=1, keepdims=True), total.shape[1:])
             some = sums > 0
             safe = jnp.where(some, sums, 1.0)
-            out[g] = (total_out[g] / _wide(safe, out.shape[2])).astype(out.dtype)
+            out[g] = (total_out[g] / wide(safe, out.shape[2])).astype(out.dtype)
             found = jnp.where(some, (top[g] + jnp.log2(safe)) / LOG2E, EMPTY)
             lse[g : g + 1, :] = found.T[:1]

@@ -1,7 +1,7 @@
 """What the TPU kernels share: the grid over a tile list, block specs, masks of one interval.
 
 Layout: heads first, q (B, K, G, T, H) with the G query heads of a KV head together, so that a key
-tile is read once for all of them; keys in a stack of layers (L, B, K, S, H). Scores are in base 2.
+tile is read once for all of them; keys (B, K, S, H). Scores are in base 2.
 """
 
 from typing import NamedTuple
@@ -35,19 +35,14 @@ class Work(NamedTuple):
     bounds: Int[Array, "B 2 8 T"]
 
 
-def over_tiles(
-    kernel, sizes: Sizes, work: Work, scalars, *, in_specs, out_specs, out_shape, scratch, name
-):
-    """The kernel over (KV heads, entries of the list), to be called with its arrays.
-
-    `scalars`: integers for the index maps and the kernel, after the list's two.
-    """
+def over_tiles(kernel, sizes: Sizes, work: Work, *, in_specs, out_specs, out_shape, scratch, name):
+    """The kernel over (KV heads, entries of the list), to be called with its arrays."""
 
     def run(q, *others):
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3,
+                num_scalar_prefetch=2,
                 grid=(q.shape[1], work.tiles.count),
                 in_specs=in_specs,
                 out_specs=out_specs,
@@ -57,7 +52,7 @@ def over_tiles(
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=sizes.interpret,
             name=name,
-        )(work.tiles.pair, work.tiles.row, scalars, work.bounds, q, *others)
+        )(work.tiles.pair, work.tiles.row, work.bounds, q, *others)
 
     return run
 
@@ -77,7 +72,7 @@ class Specs:
     def queries(self) -> pl.BlockSpec:
         """(B, K, G, T, H)."""
 
-        def at(head, i, pair, row, scalars):
+        def at(head, i, pair, row):
             return row[i] >> 4, head, 0, tile_of(pair[i], self._by_queries), 0
 
         return pl.BlockSpec((None, None, self._group, self._sizes.query, self._width), at)
@@ -85,23 +80,15 @@ class Specs:
     def keys(self) -> pl.BlockSpec:
         """(B, K, S, H)."""
 
-        def at(head, i, pair, row, scalars):
+        def at(head, i, pair, row):
             return row[i] >> 4, head, tile_of(pair[i], not self._by_queries), 0
 
         return pl.BlockSpec((None, None, self._sizes.key, self._width), at)
 
-    def stacked_keys(self) -> pl.BlockSpec:
-        """(L, B, K, S, H), of the layer that the first scalar names."""
-
-        def at(head, i, pair, row, scalars):
-            return scalars[0], row[i] >> 4, head, tile_of(pair[i], not self._by_queries), 0
-
-        return pl.BlockSpec((None, None, None, self._sizes.key, self._width), at)
-
     def per_query(self, rows: int) -> pl.BlockSpec:
         """(B, K, rows, T)."""
 
-        def at(head, i, pair, row, scalars):
+        def at(head, i, pair, row):
             return row[i] >> 4, head, 0, tile_of(pair[i], self._by_queries)
 
         return pl.BlockSpec((None, None, rows, self._sizes.query), at)
@@ -109,7 +96,7 @@ class Specs:
     def bounds(self) -> pl.BlockSpec:
         """(B, 2, 8, T)."""
 
-        def at(head, i, pair, row, scalars):
+        def at(head, i, pair, row):
             return row[i] >> 4, 0, 0, tile_of(pair[i], self._by_queries)
 
         return pl.BlockSpec((None, 2, 8, self._sizes.query), at)
@@ -155,3 +142,15 @@ def masked_or_not(flags, step):
     @pl.when(flags & FULL == 0)
     def _():
         step(True)
+
+
+def wide(x, width: int):
+    """(rows, lanes) with all lanes alike as (rows, width)."""
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
+
+
+def lane_sums(x):
+    """(rows, n) -> (rows, lanes) with the same sum in each row."""
+    if x.shape[1] % LANES:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+    return sum(x[:, c : c + LANES] for c in range(0, x.shape[1], LANES))

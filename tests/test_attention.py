@@ -40,6 +40,7 @@ class TestBlockwiseRaggedTiles(AttentionCases):
     impl = Blockwise(query_tile=13, key_tile=7)
 
 
+@pytest.mark.slow
 class TestBlockwiseOneKeyTile(AttentionCases):
     """Key tiles longer than the keys, small query tiles: both intervals lie in one tile."""
 

@@ -103,6 +103,7 @@ def test_other_faults_say_what_to_type(tokenizer, tmp_path, monkeypatch):
         HuggingFaceTokenizer(path=tokenizer.path).encode("a")
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_a_model_that_writes(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     out = tmp_path / "bpe"

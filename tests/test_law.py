@@ -355,11 +355,15 @@ def replay(model, alignment, params, tokens, views, segment, size) -> Replay:
     return Replay(*(x.reshape(ROWS, BLOCK, SLOTS).swapaxes(0, 1) for x in (nll, entropy)))
 
 
+def slow_loop(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 LOOPS = [
     (CleanMode.TOKEN, True, Alignment.SAME_POSITION, DENSE, False),
     (CleanMode.TOKEN, True, Alignment.SAME_POSITION, DENSE, True),
-    (CleanMode.TOKEN, False, Alignment.SAME_POSITION, DENSE, False),
-    (CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, False),
+    slow_loop(CleanMode.TOKEN, False, Alignment.SAME_POSITION, DENSE, False),
+    slow_loop(CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, False),
     (CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, True),
     (CleanMode.BLOCK, False, Alignment.SAME_POSITION, DENSE, False),
     (CleanMode.TOKEN, True, Alignment.SHIFTED_CLEAN, DENSE, False),
@@ -518,7 +522,9 @@ def velocity_in_row(model, params, clean_events, noisy_events, segment, size):
     return hidden[:, SLOTS:] @ params["head"].T
 
 
-@pytest.mark.parametrize("clean, fused", [(CleanMode.TOKEN, True), (CleanMode.BLOCK, False)])
+@pytest.mark.parametrize(
+    "clean, fused", [(CleanMode.TOKEN, True), slow_loop(CleanMode.BLOCK, False)]
+)
 def test_a_vector_process_goes_through_the_loop(clean, fused):
     """Euler steps of all blocks at once, in a training row whose clean stream is what the loop
     wrote, lead from the loop's noise to what it wrote."""

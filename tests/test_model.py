@@ -138,7 +138,7 @@ def test_tied_heads_have_no_matrix_of_their_own():
     )
 
 
-@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.FULL])
+@pytest.mark.parametrize("remat", [pytest.param(Remat.DOTS, marks=pytest.mark.slow), Remat.FULL])
 def test_remat_changes_no_gradient(remat):
     def gradient(config):
         model = build(config)

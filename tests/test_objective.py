@@ -452,7 +452,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", ["2x2x2", *(pytest.param(n, marks=pytest.mark.slow) for n in MESHES if n != "2x2x2")]
+)
 def test_meshes_agree_on_losses_and_gradients(name, params):
     """P16: parameters, noise, loss and gradient are those of one device."""
     batch = tiny.random_batch(8, LENGTH, seed=2)

@@ -453,7 +453,9 @@ def test_a_uniform_denoiser_is_never_sure():
     assert (state.forwards[kind("random")] == tokens[kind("random")]).all()
 
 
-@pytest.mark.parametrize("data, tensor", [(1, 1), (8, 1), (4, 2)])
+@pytest.mark.parametrize(
+    "data, tensor", [(1, 1), pytest.param(8, 1, marks=pytest.mark.slow), (4, 2)]
+)
 def test_any_mesh_writes_the_same(data, tensor):
     """Rows, heads and vocabulary split over devices give the tokens of one device."""
     with jax.set_mesh(make_mesh(data=data, tensor=tensor)):

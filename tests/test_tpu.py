@@ -86,20 +86,6 @@ def test_the_tiles_of_the_table_compile(topology):
         assert sum(mosaic_calls(training(topology, head_dim, tile=tile).as_text()).values()) == 3
 
 
-@pytest.mark.parametrize("topology", CHIPS)
-def test_the_window_kernel_reads_a_long_cache_in_place(topology):
-    """28 layers of 8 rows, 8 KV heads, 5000 slots: no layer of it is ever copied."""
-    q = shape(8, 32, 16, 128)
-    cache = shape(28, 8, 8, 5000, 128)
-    impl = Mosaic.tuned(CHIPS[topology], 128)
-    program = compiled(
-        topology, impl.prefix_attention, q, cache, cache, shape(dtype="int32"), bounds(8, 32)
-    )
-    assert mosaic_calls(program.as_text()) == {"window_forward": 1}
-    layer = math.prod(cache.shape[1:]) * 2
-    assert program.memory_analysis().temp_size_in_bytes < 0.1 * layer
-
-
 # A small shape, with lengths and a vocabulary that nothing else has.
 LENGTH, SLOTS, ROWS, WIDTH = 2048, 8192, 32, 384
 SPINE = (
@@ -138,7 +124,7 @@ def test_the_sampler_of_a_slice_calls_the_window_kernel_and_copies_no_cache(spin
     (fused and not), and temporaries far below the cache of 4 rows and 4 heads a device."""
     program = compile_tpu.compile_sampler(spine, "v5e-16", ROWS, SLOTS)
     text, layers = program.as_text(), spine.model.num_layers
-    assert mosaic_calls(text) == {"window_forward": 2 * layers}
+    assert mosaic_calls(text) == {"window_attention": 2 * layers}
     cache = (layers, ROWS // 8, 4, SLOTS, 128)
     window = 2 * spine.objective.block_size.largest
     for buffer in largest_buffers(text, ROWS // 8 * window * SLOTS):

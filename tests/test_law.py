@@ -61,7 +61,7 @@ from bdjax.readout import Shaping
 from bdjax.sampler import UNLIMITED, Sampler, advance, start
 from bdjax.stats import Stats
 from bdjax.step import Model, block_step
-from pallas_kernels import CleanMode
+from pallas_kernels import CleanMode, Mosaic
 
 L = 20
 # (length, prompt) of the documents of each row: aligned to 4, short last blocks, prompts 0 .. 2B.
@@ -236,11 +236,12 @@ SIZES = {
     "three": np.full((4, 3), 3),
     "per document": np.array([[4, 2, 3], [3, 4, 2], [4, 3, 3], [2, 4, 4]]),
 }
+MOSAIC = Mosaic(query_tile=16, key_tile=16, window_tile=16, interpret=True)
 # Every implementation, both clean modes and one to three views; all combinations are slow.
 CASES = [(DENSE, CleanMode.TOKEN, 3), (DENSE, CleanMode.BLOCK, 1), (TILES, CleanMode.BLOCK, 2)]
 CASES += [
     pytest.param(impl, clean, views, marks=pytest.mark.slow)
-    for impl in (DENSE, TILES)
+    for impl in (DENSE, TILES, MOSAIC)
     for clean in CleanMode
     for views in (1, 2, 3)
     if (impl, clean, views) not in CASES
@@ -248,7 +249,7 @@ CASES += [
 
 
 def named(x):
-    return type(x).__name__ if x in (DENSE, TILES) else str(getattr(x, "value", x))
+    return type(x).__name__ if x in (DENSE, TILES, MOSAIC) else str(getattr(x, "value", x))
 
 
 @pytest.mark.parametrize("impl, clean, views", CASES, ids=named)

@@ -19,6 +19,10 @@ from pallas_kernels.tpu_grid import Sizes, Work
 from pallas_kernels.tpu_window import window_attention
 
 
+# Two integers an entry in 1 MiB of scalar memory, of which the compiler wants some.
+_ENTRIES = 96 * 1024
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mosaic:
     """Block-sparse attention on a TPU, accumulated in float32. Tile sizes are in tokens.
@@ -52,7 +56,10 @@ class Mosaic:
         v: Float[Array, "B S K H"],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-        """As `Dense.attention`; bfloat16 and float32, float16 by way of float32."""
+        """As `Dense.attention`; bfloat16 and float32, float16 by way of float32.
+
+        Raises NotImplementedError for more pairs of tiles than a TPU's scalar memory can list.
+        """
         if q.dtype == jnp.float16:
             out, lse = self.attention(*(x.astype(jnp.float32) for x in (q, k, v)), intervals)
             return out.astype(q.dtype), lse
@@ -115,6 +122,11 @@ def _ungrouped(x: Array, length: int) -> Array:
 def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> Work:
     padded = Intervals(*(_pad(x, sizes.query) for x in bounds))
     tiles = tile_map(padded, keys, sizes.query, sizes.key)
+    if tiles.live.size > _ENTRIES:
+        raise NotImplementedError(
+            f"a list of {tiles.live.size} pairs of tiles exceeds a TPU's scalar memory; use larger "
+            f"tiles than {sizes.query} x {sizes.key}, or fewer rows a device"
+        )
     ends = (padded.a0, padded.b0), (padded.a1, padded.b1)
     rows = jnp.stack([jnp.stack(x, axis=1) for x in ends], axis=2)
     return Work(tile_list(tiles, by_keys), _pad(rows, 8, axis=2))

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from attention_cases import BLOCK, TOKEN, AttentionCases, Document
 from tpu_interpret import INTERPRET, assert_no_races
 
-from pallas_kernels import Mosaic
+from pallas_kernels import Intervals, Mosaic
 from pallas_kernels.tiles import tile_list, tile_map
 
 
@@ -54,3 +55,11 @@ def test_no_races_and_a_grid_as_long_as_the_work():
     lists = [tile_list(tiles), tile_list(tiles), tile_list(tiles, by_keys=True)]
     assert len(points) == 2 * sum(int(found.count) for found in lists)
     assert sum(int(found.count) for found in lists) < 3 * 2 * 3 * 3
+
+
+def test_more_pairs_of_tiles_than_scalar_memory_lists_are_refused():
+    """16 rows of 32768 in tiles of 512: the list would be a whole MiB."""
+    row = jax.ShapeDtypeStruct((16, 32768, 1, 128), jnp.bfloat16)
+    bounds = Intervals(*[jax.ShapeDtypeStruct((16, 32768), jnp.int32)] * 4)
+    with pytest.raises(NotImplementedError, match="scalar memory; use larger tiles than 512 x 512"):
+        jax.eval_shape(Mosaic().attention, row, row, row, bounds)

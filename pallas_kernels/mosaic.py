@@ -18,7 +18,6 @@ from pallas_kernels.tpu_forward import forward
 from pallas_kernels.tpu_grid import Sizes, Work
 from pallas_kernels.tpu_window import window_attention
 
-
 # Two integers an entry in 1 MiB of scalar memory, of which the compiler wants some.
 _ENTRIES = 96 * 1024
 

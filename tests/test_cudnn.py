@@ -1,5 +1,8 @@
 """The chunks of queries that cuDNN is called for: by XLA here, by cuDNN where there is a GPU."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ from attention_cases import (
     stack,
     with_views,
 )
+from jax import lax
 
 from pallas_kernels import Cudnn, Dense, Intervals
-from pallas_kernels.cudnn import _chunk
+from pallas_kernels.cudnn import _chunk, _chunked
 
 
 class TestChunks(AttentionCases):
@@ -68,6 +72,57 @@ def test_what_a_chunk_gathers_is_what_its_queries_see():
             for one in range(72):
                 assert bool(there[row, one]) == (one in order)
                 assert not there[row, one] or order[int(place[row, one])] == one
+
+
+def shapes(jaxpr):
+    """Of everything that a jaxpr computes, its bodies included."""
+    for equation in jaxpr.eqns:
+        yield from (x.aval.shape for x in equation.outvars)
+        for body in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            body = getattr(body, "jaxpr", body)
+            if hasattr(body, "eqns"):
+                yield from shapes(body)
+
+
+def layers(attention):
+    """Two layers of attention whose log-sum-exp nobody uses."""
+
+    def run(x, bounds):
+        step = jax.checkpoint(lambda x: attention(x, x, x, bounds))
+        return lax.scan(lambda x, _: (step(x), None), x, length=2)[0].sum()
+
+    return jax.grad(run)
+
+
+def test_nothing_of_a_long_row_is_as_large_as_its_square():
+    """Outputs and gradients, the log-sum-exp's included."""
+    length = 4096
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    bounds = Intervals(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 4)
+
+    def run(q, k, v, bounds):
+        out, lse = Cudnn(query_chunk=64, backend="xla").attention(q, k, v, bounds)
+        return out.sum() + lse.sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(run, argnums=(0, 1, 2)))(x, x, x, bounds)
+    found = {math.prod(shape) for shape in shapes(jaxpr.jaxpr)}
+    assert 64 * length in found and max(found) < length**2 // 8
+
+
+def test_the_log_sum_exp_costs_nothing_where_nobody_uses_it():
+    """The gradient through two rematerialised layers computes the products of the output alone."""
+    impl = Cudnn(query_chunk=8, backend="xla")
+    x = jax.ShapeDtypeStruct((1, 16, 1, 8), jnp.float32)
+    bounds = Intervals(*[jax.ShapeDtypeStruct((1, 16), jnp.int32)] * 4)
+
+    def products(attention):
+        compiled = jax.jit(layers(attention)).lower(x, bounds).compile()
+        return compiled.as_text().count(" dot(")
+
+    alone = products(lambda q, k, v, bounds: _chunked(impl, q, k, v, bounds))
+    assert 0 < products(lambda *x: impl.attention(*x)[0]) == alone
 
 
 def test_one_call_and_chunks_agree():

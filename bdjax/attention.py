@@ -64,17 +64,20 @@ def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation
     return (Blockwise() if kind == "cpu" else Blockwise(key_tile=4096),)
 
 
-def first_that_serves(impls: tuple[Implementation, ...], call: Callable):
-    """`call(impl)` of the first implementation that does not refuse; the last one may raise."""
+def first_that_serves(what: str, impls: tuple[Implementation, ...], call: Callable):
+    """`call(impl)` of the first implementation that does not refuse; the last one may raise.
+
+    what: for the log, the attention that is to be served.
+    """
     for impl in impls[:-1]:
         try:
             found = call(impl)
         except NotImplementedError as reason:
-            _say(f"{impl} cannot serve: {reason}")
+            _say(f"{what}: {impl} cannot serve: {reason}")
         else:
-            _say(f"attention by {impl}")
+            _say(f"{what} by {impl}")
             return found
-    _say(f"attention by {impls[-1]}")
+    _say(f"{what} by {impls[-1]}")
     return call(impls[-1])
 
 
@@ -98,21 +101,28 @@ def attend(
     explicit `impl` cannot serve.
     """
     kind, (width, slots) = device_kind(), (q.shape[3], 0 if prefix is None else prefix.k.shape[3])
+    what = f"attention of {q.shape[1]} tokens to each other"
     own_impls, prefix_impls = (impl,), (impl,)
     if impl is None:
         own_impls = candidates(kind, q.shape[1], k.shape[1], width)
         prefix_impls = prefix_candidates(kind, slots, width)
     if prefix is None:
         alone = per_shard(
-            lambda *shard: first_that_serves(own_impls, lambda impl: impl.attention(*shard)[0]),
+            lambda *shard: first_that_serves(
+                what, own_impls, lambda impl: impl.attention(*shard)[0]
+            ),
             (HEADS, KV_HEADS, KV_HEADS, INTERVALS),
             HEADS,
         )
         return alone(q, k, v, own)
 
     def both(q, k, v, own, prefix):
-        mine = first_that_serves(own_impls, lambda impl: impl.attention(q, k, v, own))
-        before = first_that_serves(prefix_impls, lambda impl: impl.prefix_attention(q, *prefix))
+        mine = first_that_serves(what, own_impls, lambda impl: impl.attention(q, k, v, own))
+        before = first_that_serves(
+            f"attention of {q.shape[1]} tokens to {slots} cached ones",
+            prefix_impls,
+            lambda impl: impl.prefix_attention(q, *prefix),
+        )
         return merge(*before, *mine)[0]
 
     specs = (HEADS, KV_HEADS, KV_HEADS, INTERVALS, Prefix(CACHE, CACHE, (), INTERVALS))

@@ -1,7 +1,7 @@
 """Block-sparse attention for the two-stream mask of block diffusion; imports jax and numpy only.
 
 `mask` defines who sees whom, `intervals` turns that into at most two key intervals per query, and
-every implementation (`dense`, `blockwise`, `cudnn`) has the same two functions:
+every implementation (`dense`, `blockwise`, `cudnn`, `mosaic`) has the same two functions:
 
     attention(q, k, v, intervals)                       -> out, lse     # differentiable in both
     prefix_attention(q, cache_k, cache_v, layer, ...)   -> out, lse     # forward only

@@ -18,6 +18,9 @@ from pallas_kernels.tpu_forward import forward
 from pallas_kernels.tpu_grid import Sizes, Work
 from pallas_kernels.tpu_window import window_attention
 
+# Bytes of a query tile with all heads of a group: more, and VMEM does not hold what belongs to it.
+_QUERY_BYTES = 1 << 20
+
 # Two integers an entry in 1 MiB of scalar memory, of which the compiler wants some.
 _ENTRIES = 96 * 1024
 
@@ -74,9 +77,16 @@ class Mosaic:
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """`attention` over one layer of a stacked cache, forward only, for a short window.
 
-        No layer of the cache is ever copied, if S is a multiple of eight. Raises
-        NotImplementedError for more than 256 queries and for float16.
+        No layer of the cache is ever copied, if S is a multiple of eight. Slots between the first
+        and the last that a row's queries see must be finite, also where none of them looks. Raises
+        NotImplementedError for more queries or heads a group than VMEM holds, for float16, and for
+        a cache of another type than the queries.
         """
+        if q.dtype != cache_k.dtype:
+            raise NotImplementedError(
+                f"the TPU window kernel takes queries and cache of one type, not {q.dtype} and "
+                f"{cache_k.dtype}; cast the queries"
+            )
         return window_attention(
             q,
             cache_k,
@@ -131,15 +141,23 @@ def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> 
     return Work(tile_list(tiles, by_keys), _pad(rows, 8, axis=2))
 
 
-def _sizes(impl: Mosaic, queries: int, keys: int) -> Sizes:
-    return Sizes(_tile(impl.query_tile, queries), _tile(impl.key_tile, keys), impl.interpret)
+def _sizes(impl: Mosaic, q, k) -> Sizes:
+    """The tiles asked for, or smaller ones where rows are short or groups of heads large.
+
+    By shape and type of q (B, T, N, H) and k (B, S, K, H).
+    """
+    query, key = _tile(impl.query_tile, q.shape[1]), _tile(impl.key_tile, k.shape[1])
+    a_query = q.shape[2] // k.shape[2] * -(-q.shape[3] // 128) * 128 * q.dtype.itemsize
+    while query > 128 and query * a_query > _QUERY_BYTES:
+        query = query // 256 * 128
+    return Sizes(query, key, impl.interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
     if k.shape[1] == 0:
         return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
-    sizes = _sizes(impl, q.shape[1], k.shape[1])
+    sizes = _sizes(impl, q, k)
     out, lse = forward(
         sizes,
         _work(sizes, bounds, k.shape[1]),
@@ -164,7 +182,7 @@ def _attention_bwd(impl, residuals, cotangents):
     if keys == 0:
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
     d_out, d_lse = cotangents
-    sizes = _sizes(impl, q.shape[1], keys)
+    sizes = _sizes(impl, q, k)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
     stats = jnp.concatenate([_grouped(x, kv_heads, sizes.query) for x in (lse, delta)], axis=2)
     arguments = (

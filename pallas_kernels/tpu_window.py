@@ -26,6 +26,8 @@ from pallas_kernels.merge import EMPTY
 from pallas_kernels.tpu_grid import LANES, LOG2E, dot, lane_sums, wide
 
 _QUERIES = 256
+# Queries times heads of a group times bytes of a number, at head_dim 128.
+_ROW_BYTES = 4096
 _LAST = jnp.iinfo(jnp.int32).max
 
 # Below the running maximum of no keys: a weight of zero, with neither NaN nor a second mask.
@@ -94,6 +96,11 @@ def window_attention(
     if 0 in q.shape or slots == 0:
         return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
     group, tile = heads // kv_heads, min(key_tile, slots)
+    if group * length * q.dtype.itemsize > _ROW_BYTES:
+        raise NotImplementedError(
+            f"the TPU window kernel holds all queries at once: {length} of {group} heads a group "
+            f"are too many in {q.dtype}; use Blockwise()"
+        )
     # The heads of a group stand side by side as queries.
     folded = _pad(q.swapaxes(1, 2).reshape(batch, kv_heads, group * length, width), 2)
     columns = _pad(jnp.tile(jnp.stack(intervals, axis=2), (1, group, 1)), 1)

@@ -115,11 +115,11 @@ def test_a_refusal_is_passed_over_with_its_reason_and_the_last_one_is_raised(cap
     refusing, serving = Mosaic(query_tile=384), Dense()
     with caplog.at_level("INFO", logger="bdjax.attention"):
         for _ in range(2):
-            assert first_that_serves((refusing, serving), call) == "served"
+            assert first_that_serves("attention", (refusing, serving), call) == "served"
     said = [r.getMessage() for r in caplog.records]
     assert len([text for text in said if "on Sundays" in text]) == 1
     with pytest.raises(NotImplementedError, match="on Sundays"):
-        first_that_serves((refusing,), call)
+        first_that_serves("attention", (refusing,), call)
 
 
 @pytest.mark.parametrize("impl", [None, Blockwise(query_tile=4, key_tile=8)], ids=["none", "tiles"])

@@ -1,0 +1,283 @@
+"""Attention backward on Hopper: dQ by query tiles, dK and dV by key tiles; no atomics.
+
+With P = exp(S - lse): dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K, dK = dS^T Q, where delta is
+rowsum(dO * O) - dlse. Both kernels compute P again: sums stay in one order, equal bit by bit.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper_forward import (
+    LOADER_REGISTERS,
+    LOG2E,
+    MATH_REGISTERS,
+    ROWS,
+    Runs,
+    Sizes,
+    across,
+    load,
+    row_wise,
+    seen,
+    tiled,
+)
+from pallas_kernels.hopper_tiles import KeyPlan, QueryPlan
+
+
+def _zeros(shape: tuple[int, int]) -> Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _column_wise(x: Array, shape: tuple[int, int]) -> Array:
+    x = plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0))
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _first(accumulator) -> Array:
+    """The first of two products in flight, without waiting for the second where jax can tell."""
+    peek = getattr(plgpu, "wgmma_accumulator_load", None)
+    return accumulator[...] if peek is None else peek(accumulator, wait_n=1)
+
+
+def backward_queries(
+    sizes: Sizes,
+    plan: QueryPlan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    d_out: Float[Array, "B T N H"],
+    stats: Float[Array, "B N 2 T"],
+    bounds: Int[Array, "B 4 T"],
+) -> Float[Array, "B T N H"]:
+    """dQ. stats: the log-sum-exp in base 2, and delta."""
+    heads, width = q.shape[2:]
+    group = heads // k.shape[2]
+    scale = LOG2E / math.sqrt(sizes.width)
+    shape = (ROWS, sizes.key)
+
+    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, d_q_ref, *scratch):
+        q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = scratch
+        q_here, k_here, v_here, k_free, v_free = barriers
+        head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
+        row, tile = plan_ref[place, 0], plan_ref[place, 1]
+        runs = Runs.read(plan_ref, place)
+
+        @pl.when(group_id < 2)
+        def _():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            mine, d_mine = q_smem.at[group_id], d_out_smem.at[group_id]
+            at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
+            here = q_here.at[group_id]
+            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, here)
+            plgpu.copy_gmem_to_smem(d_out_ref.at[row, at, head], d_mine, here)
+            plgpu.copy_gmem_to_smem(stats_ref.at[row, head, :, at], stats_smem.at[group_id], here)
+            plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
+            plgpu.barrier_wait(here)
+            lse, delta = (row_wise(stats_smem[group_id, i]) for i in range(2))
+
+            def step(number, d_q, masked):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+                plgpu.barrier_wait(v_here.at[slot])
+
+                def scores(s_ref, d_p_ref):
+                    plgpu.wgmma(s_ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(d_p_ref, d_mine, v_smem.at[slot].transpose((1, 0)))
+                    p = jnp.exp2(_first(s_ref) * scale - across(lse, shape))
+                    return p, d_p_ref[...]
+
+                accumulator = plgpu.ACC(shape, jnp.float32)
+                p, d_p = pl.run_scoped(scores, accumulator, accumulator)
+                plgpu.barrier_arrive(v_free.at[slot])
+                if masked:
+                    key_tile, own = runs.masked_tile(number)
+                    p = jnp.where(seen(bounds_smem.at[group_id], own, key_tile, shape), p, 0)
+                d_s = (p * (d_p - across(delta, shape))).astype(q.dtype)
+
+                def products(ref):
+                    plgpu.wgmma(ref, d_s, k_smem.at[slot])
+
+                d_q = pl.run_state(products)(plgpu.ACC.init(d_q))
+                plgpu.barrier_arrive(k_free.at[slot])
+                return d_q
+
+            d_q = lax.fori_loop(
+                0, runs.full, lambda n, d_q: step(n, d_q, False), _zeros((ROWS, width))
+            )
+            d_q = lax.fori_loop(runs.full, runs.count, lambda n, d_q: step(n, d_q, True), d_q)
+            mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group_id == 2)
+        def _():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            kv_head = lax.div(head, jnp.int32(group))
+            pairs = ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free))
+
+            @pl.loop(0, runs.count + sizes.stages)
+            def _(number):
+                key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
+                load(pairs, number, sizes.stages, key, runs.count)
+
+    tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=(
+            *[tiled((2, ROWS, width), q.dtype)] * 2,
+            *[tiled(tile, q.dtype)] * 2,
+            plgpu.SMEM((2, 2, ROWS), jnp.float32),
+            plgpu.SMEM((2, 4, ROWS), jnp.int32),
+            plgpu.Barrier(num_arrivals=4, num_barriers=2),
+            *[plgpu.Barrier(**per_stage)] * 2,
+            *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(heads, plan.columns.shape[0]),
+        grid_names=("heads", "tiles"),
+        num_threads=3,
+        thread_name="wg",
+    )(q, k, v, d_out, stats, bounds, plan.columns)
+
+
+def backward_keys(
+    sizes: Sizes,
+    plan: KeyPlan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    d_out: Float[Array, "B T N H"],
+    stats: Float[Array, "B N 2 T"],
+    bounds: Int[Array, "B 4 T"],
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """dK and dV, summed over the heads of a group; query tiles are of 64."""
+    kv_heads, width = k.shape[2:]
+    group = q.shape[2] // kv_heads
+    scale = LOG2E / math.sqrt(sizes.width)
+    shape = (ROWS, ROWS)
+
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, list_ref), refs = (
+            refs[:8],
+            refs[8:],
+        )
+        d_k_ref, d_v_ref, k_smem, v_smem, q_smem, d_out_smem, stats_smem, bounds_smem, *refs = refs
+        k_here, q_here, d_out_here, q_free, d_out_free = refs
+        kv_head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
+        row, tile, full, count = (plan_ref[place, column] for column in range(4))
+
+        @pl.when(group_id < 2)
+        def _():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            my_k, my_v = k_smem.at[group_id], v_smem.at[group_id]
+            first = tile * (2 * ROWS) + group_id * ROWS
+            at = pl.ds(first, ROWS)
+            here = k_here.at[group_id]
+            plgpu.copy_gmem_to_smem(k_ref.at[row, at, kv_head], my_k, here)
+            plgpu.copy_gmem_to_smem(v_ref.at[row, at, kv_head], my_v, here)
+            plgpu.barrier_wait(here)
+
+            def step(number, carry, masked):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                queries, d_outs = q_smem.at[slot], d_out_smem.at[slot]
+                plgpu.barrier_wait(q_here.at[slot])
+                plgpu.barrier_wait(d_out_here.at[slot])
+
+                def scores(s_ref, d_p_ref):
+                    plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
+                    plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
+                    lse = _column_wise(stats_smem[slot, 0], shape)
+                    return jnp.exp2(_first(s_ref) * scale - lse), d_p_ref[...]
+
+                accumulator = plgpu.ACC(shape, jnp.float32)
+                p, d_p = pl.run_scoped(scores, accumulator, accumulator)
+                if masked:
+                    low, high = (_column_wise(bounds_smem[slot, i], shape) for i in range(2))
+                    key = first + plgpu.broadcasted_iota(
+                        jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
+                    )
+                    p = jnp.where((key >= low) & (key < high), p, 0)
+                d_s = p * (d_p - _column_wise(stats_smem[slot, 1], shape))
+                p, d_s = p.astype(q.dtype), d_s.astype(q.dtype)
+
+                def products(accumulators):
+                    d_k, d_v = accumulators
+                    plgpu.wgmma(d_v, p, d_outs)
+                    plgpu.wgmma(d_k, d_s, queries)
+
+                carry = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in carry))
+                plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.barrier_arrive(d_out_free.at[slot])
+                return carry
+
+            carry = (_zeros((ROWS, width)),) * 2
+            carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, False), carry)
+            carry = lax.fori_loop(
+                full * group, count * group, lambda n, c: step(n, c, True), carry
+            )
+            d_k, d_v = carry
+            my_k[...] = (d_k * (1 / math.sqrt(sizes.width))).astype(q.dtype)
+            my_v[...] = d_v.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(my_k, d_k_ref.at[row, at, kv_head])
+            plgpu.copy_smem_to_gmem(my_v, d_v_ref.at[row, at, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group_id == 2)
+        def _():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+
+            @pl.loop(0, count * group + sizes.stages)
+            def _(number):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+
+                @pl.when(number >= sizes.stages)
+                def _():
+                    plgpu.barrier_wait(q_free.at[slot])
+                    plgpu.barrier_wait(d_out_free.at[slot])
+
+                @pl.when(number < count * group)
+                def _():
+                    entry = list_ref[place, lax.div(number, jnp.int32(group))]
+                    head = kv_head * group + lax.rem(number, jnp.int32(group))
+                    at = pl.ds((entry >> 1) * ROWS, ROWS)
+                    part = pl.ds((entry & 1) * 2, 2)
+                    arrived = q_here.at[slot]
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(
+                        stats_ref.at[row, head, :, at], stats_smem.at[slot], arrived
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        bounds_ref.at[row, part, at], bounds_smem.at[slot], arrived
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        d_out_ref.at[row, at, head], d_out_smem.at[slot], d_out_here.at[slot]
+                    )
+
+    tile, per_stage = (sizes.stages, ROWS, width), {"num_barriers": sizes.stages}
+    return plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
+        scratch_types=(
+            *[tiled((2, ROWS, width), q.dtype)] * 2,
+            *[tiled(tile, q.dtype)] * 2,
+            plgpu.SMEM((sizes.stages, 2, ROWS), jnp.float32),
+            plgpu.SMEM((sizes.stages, 2, ROWS), jnp.int32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_arrivals=3, **per_stage),
+            plgpu.Barrier(**per_stage),
+            *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(kv_heads, plan.columns.shape[0]),
+        grid_names=("heads", "tiles"),
+        num_threads=3,
+        thread_name="wg",
+    )(q, k, v, d_out, stats, bounds, plan.columns, plan.entries)

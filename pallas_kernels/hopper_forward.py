@@ -1,0 +1,251 @@
+"""Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hopper_tiles import QueryPlan
+from pallas_kernels.merge import EMPTY
+
+# Queries of one warpgroup: the rows of a wgmma.
+ROWS = 64
+
+# Every warpgroup starts with 168 registers a thread: what the loading one gives up, 168 - 24, the
+# two others get, 2 * (240 - 168). With less to give they would wait for ever.
+LOADER_REGISTERS, MATH_REGISTERS = 24, 240
+
+LOG2E = math.log2(math.e)
+
+# Stands for a masked score; rows start from a maximum above it, so that it never counts.
+_MASKED, _FLOOR = -1e30, -4e28
+
+
+class Sizes(NamedTuple):
+    """Tokens per tile, of keys, and how many tiles are in flight; the width before padding."""
+
+    key: int
+    stages: int
+    width: int
+
+
+class Runs(NamedTuple):
+    """The key tiles of a query tile, as the plan lists them: first those without a mask."""
+
+    clean: tuple[Array, Array, Array, Array]
+    own: tuple[Array, Array, Array, Array]
+
+    @classmethod
+    def read(cls, plan, place) -> "Runs":
+        """From the plan's columns in device memory."""
+        at = [plan[place, column] for column in range(2, 10)]
+        return cls(tuple(at[:4]), tuple(at[4:]))
+
+    @property
+    def full(self) -> Array:
+        """Number of tiles without a mask."""
+        return self.clean[2] - self.clean[1] + self.own[2] - self.own[1]
+
+    @property
+    def count(self) -> Array:
+        """Number of all tiles."""
+        return self.clean[3] - self.clean[0] + self.own[3] - self.own[0]
+
+    def full_tile(self, step: Array) -> Array:
+        """The key tile of a step below `full`."""
+        begin, end = self.clean[1:3]
+        return jnp.where(step < end - begin, begin + step, self.own[1] + step - (end - begin))
+
+    def masked_tile(self, step: Array) -> tuple[Array, Array]:
+        """The key tile of a step from `full` on, and whether the own interval masks it."""
+        (a0, a1, a2, a3), (b0, b1, b2, b3) = self.clean, self.own
+        step = step - self.full
+        left, clean = a1 - a0, a1 - a0 + a3 - a2
+        mine = clean + b1 - b0
+        tile = jnp.where(step < mine, b0 + step - clean, b2 + step - mine)
+        tile = jnp.where(step < clean, a2 + step - left, tile)
+        return jnp.where(step < left, a0 + step, tile), step >= clean
+
+    def tile(self, step: Array) -> Array:
+        """The key tile of any step."""
+        return jnp.where(step < self.full, self.full_tile(step), self.masked_tile(step)[0])
+
+
+def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    """Shared memory as wgmma reads it."""
+    swizzle = plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
+
+
+def row_wise(x: Array) -> Array:
+    """In the registers that belong to the rows of a product."""
+    return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
+
+
+def across(x: Array, shape: tuple[int, int]) -> Array:
+    """A value per row, repeated along the columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def column_index(shape: tuple[int, int]) -> Array:
+    """The number of each column, in the registers of a product."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def seen(bounds, own: Array, tile: Array, shape: tuple[int, int]) -> Array:
+    """Which scores of a tile the queries' intervals `bounds` (4, rows) let through."""
+    part = 2 * own.astype(jnp.int32)
+    low, high = (row_wise(bounds[part + end]) - tile * shape[1] for end in (0, 1))
+    column = column_index(shape)
+    return (column >= across(low, shape)) & (column < across(high, shape))
+
+
+def load(pairs, step: Array, stages: int, key, count: Array) -> None:
+    """The loading warpgroup's step: each (source, target, arrived, freed) is filled once free."""
+    slot = lax.rem(step, jnp.int32(stages))
+    for source, target, arrived, freed in pairs:
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(freed.at[slot])
+
+        @pl.when(step < count)
+        def _():
+            plgpu.copy_gmem_to_smem(source.at[key], target.at[slot], arrived.at[slot])
+
+
+def forward(
+    sizes: Sizes,
+    plan: QueryPlan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    bounds: Int[Array, "B 4 T"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp; T and S are multiples of the tiles, H of 64.
+
+    The two warpgroups of a block take turns: while one computes a softmax, the other's products
+    keep the tensor cores busy (the ping-pong of FlashAttention-3, Shah et al. 2024, section 3.1).
+    """
+    batch, queries, heads, width = q.shape
+    group = heads // k.shape[2]
+    scale = LOG2E / math.sqrt(sizes.width)
+    shape = (ROWS, sizes.key)
+
+    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, out_ref, lse_ref, *scratch):
+        q_smem, k_smem, v_smem, bounds_smem, lse_smem, *barriers = scratch
+        q_here, k_here, v_here, k_free, v_free, turn = barriers
+        head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
+        row, tile = plan_ref[place, 0], plan_ref[place, 1]
+        runs = Runs.read(plan_ref, place)
+
+        def take_turns():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        @pl.when(group_id < 2)
+        def _():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            mine = q_smem.at[group_id]
+            at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
+            here = q_here.at[group_id]
+            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, here)
+            plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
+            plgpu.barrier_wait(here)
+
+            def step(number, carry, masked):
+                acc, top, total = carry
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+
+                def scores(ref):
+                    plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    take_turns()
+                    return ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    key_tile, own = runs.masked_tile(number)
+                    keep = seen(bounds_smem.at[group_id], own, key_tile, shape)
+                    s = jnp.where(keep, s, _MASKED)
+                higher = jnp.maximum(top, s.max(axis=1) * scale)
+                p = jnp.exp2(s * scale - across(higher, shape))
+                shrink = jnp.exp2(top - higher)
+                acc *= across(shrink, acc.shape)
+                total = total * shrink + p.sum(axis=1)
+                p16 = p.astype(q.dtype)
+                acc, total, top, p16 = lax.optimization_barrier((acc, total, higher, p16))
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_here.at[slot])
+                plgpu.barrier_wait(turn)
+
+                def values(ref):
+                    plgpu.wgmma(ref, p16, v_smem.at[slot])
+
+                acc = pl.run_state(values)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, top, total
+
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+            top = row_wise(jnp.full((ROWS,), _FLOOR, jnp.float32))
+            total = row_wise(jnp.zeros((ROWS,), jnp.float32))
+            pl.when(group_id == 1)(take_turns)
+            carry = acc, top, total
+            carry = lax.fori_loop(0, runs.full, lambda n, c: step(n, c, False), carry)
+            carry = lax.fori_loop(runs.full, runs.count, lambda n, c: step(n, c, True), carry)
+            pl.when(group_id == 0)(take_turns)
+            acc, top, total = carry
+            some = total > 0
+            share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+            mine[...] = (acc * across(share, acc.shape)).astype(q.dtype)
+            lse = (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E
+            lse_smem[group_id] = jnp.where(some, lse, EMPTY)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group_id == 2)
+        def _():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            kv_head = lax.div(head, jnp.int32(group))
+            pairs = ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free))
+
+            @pl.loop(0, runs.count + sizes.stages)
+            def _(number):
+                key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
+                load(pairs, number, sizes.stages, key, runs.count)
+
+    tile = (sizes.stages, sizes.key, width)
+    per_stage = {"num_barriers": sizes.stages}
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+        ),
+        scratch_types=(
+            tiled((2, ROWS, width), q.dtype),
+            tiled(tile, q.dtype),
+            tiled(tile, q.dtype),
+            plgpu.SMEM((2, 4, ROWS), jnp.int32),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(num_arrivals=2, **per_stage),
+            plgpu.Barrier(num_arrivals=2, **per_stage),
+            plgpu.Barrier(num_arrivals=2),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(heads, plan.columns.shape[0]),
+        grid_names=("heads", "tiles"),
+        num_threads=3,
+        thread_name="wg",
+    )(q, k, v, bounds, plan.columns)

@@ -1,0 +1,105 @@
+"""Which tiles the Hopper kernels visit, found on the device from the intervals; nothing T x S.
+
+A query tile visits two runs of key tiles, the convex covers of its clean and of its own noisy
+intervals, each with a middle part that every query of the tile sees whole. A key tile visits a
+list of query tiles. Both come sorted, the most work first: thread blocks start in that order, and
+a long one that starts last would leave the chip waiting.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.intervals import Intervals
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+class QueryPlan(NamedTuple):
+    """Per query tile, sorted: its row, its number and its two runs of key tiles.
+
+    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run.
+    """
+
+    columns: Int[Array, "P 10"]
+
+
+class KeyPlan(NamedTuple):
+    """Per key tile, sorted: which query tiles visit it.
+
+    columns: row, tile, number of entries without a mask, of all. entries: query tile << 1 | whether
+    it is about the own noisy interval; those without a mask come first, those past the number are
+    undefined.
+    """
+
+    columns: Int[Array, "P 4"]
+    entries: Int[Array, "P n"]
+
+
+def query_plan(bounds: Intervals, query_tile: int, key_tile: int) -> QueryPlan:
+    """The plan of the forward pass and of dQ; T is a multiple of `query_tile`."""
+    rows = bounds.a0.shape[0]
+    runs = []
+    for low, high in ((bounds.a0, bounds.a1), (bounds.b0, bounds.b1)):
+        low, high = (x.reshape(rows, -1, query_tile) for x in (low, high))
+        some = high > low
+        begin = jnp.where(some, low, _LAST).min(axis=2)
+        end = jnp.where(some, high, 0).max(axis=2)
+        empty = end == 0
+        begin = jnp.where(empty, 0, begin // key_tile)
+        end = jnp.where(empty, 0, -(-end // key_tile))
+        full = jnp.clip(-(-low.max(axis=2) // key_tile), begin, end)
+        full_end = jnp.clip(high.min(axis=2) // key_tile, full, end)
+        runs += [begin, full, full_end, end]
+    tiles = runs[0].shape[1]
+    row, tile = (
+        jnp.broadcast_to(x, (rows, tiles))
+        for x in (jnp.arange(rows)[:, None], jnp.arange(tiles)[None])
+    )
+    columns = jnp.stack([row, tile, *runs], axis=2).reshape(rows * tiles, 10).astype(jnp.int32)
+    work = runs[3] - runs[0] + runs[7] - runs[4]
+    return QueryPlan(columns[_heavy_first(work.reshape(-1))])
+
+
+def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> KeyPlan:
+    """The plan of dK and dV over S = `keys` keys, a multiple of `key_tile`, as T of `query_tile`."""
+    rows = bounds.a0.shape[0]
+    low, high = (
+        jnp.stack(ends).reshape(2, rows, -1, query_tile)
+        for ends in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1))
+    )
+    some = high > low
+    begin = jnp.where(some, low, _LAST).min(axis=3)[:, :, None]
+    end = jnp.where(some, high, 0).max(axis=3)[:, :, None]
+    first = (jnp.arange(keys // key_tile) * key_tile)[:, None]
+    live = (begin < first + key_tile) & (end > first)
+    full = live & (low.max(axis=3)[:, :, None] <= first)
+    full &= high.min(axis=3)[:, :, None] >= first + key_tile
+    # (2, B, J, I) -> (B * J, 2 * I)
+    live, full = (
+        jnp.moveaxis(x, 0, 2).reshape(rows * x.shape[2], 2 * x.shape[3]) for x in (live, full)
+    )
+    key_tiles, tiles = keys // key_tile, live.shape[1] // 2
+    masked = live & ~full
+    fulls = full.sum(axis=1, keepdims=True)
+    # Where an entry goes: entries without a mask first, then the others, each in order.
+    place = jnp.where(
+        full,
+        jnp.cumsum(full, axis=1) - 1,
+        jnp.where(masked, fulls + jnp.cumsum(masked, axis=1) - 1, live.shape[1]),
+    )
+    part, tile = jnp.divmod(jnp.arange(2 * tiles), tiles)
+    code = jnp.broadcast_to(tile << 1 | part, live.shape).astype(jnp.int32)
+    entries = jnp.zeros(live.shape, jnp.int32)
+    owner = jnp.arange(live.shape[0])[:, None]
+    entries = entries.at[owner, place].set(code, mode="drop", unique_indices=True)
+    row, tile = jnp.divmod(jnp.arange(rows * key_tiles), key_tiles)
+    count = live.sum(axis=1)
+    columns = jnp.stack([row, tile, fulls[:, 0], count], axis=1).astype(jnp.int32)
+    order = _heavy_first(count)
+    return KeyPlan(columns[order], entries[order])
+
+
+def _heavy_first(work: Int[Array, "P"]) -> Int[Array, "P"]:
+    return jnp.argsort(-work, stable=True)

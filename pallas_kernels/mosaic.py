@@ -9,8 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
-from pallas_kernels.merge import EMPTY
-from pallas_kernels.quiet import quiet
+from pallas_kernels.quiet import nothing, quiet, quiet_cotangents
 from pallas_kernels.tile_sizes import tile_sizes
 from pallas_kernels.tiles import tile_list, tile_map
 from pallas_kernels.tpu_backward import backward_keys, backward_queries
@@ -62,6 +61,8 @@ class Mosaic:
 
         Raises NotImplementedError for more pairs of tiles than a TPU's scalar memory can list.
         """
+        if 0 in q.shape or k.shape[1] == 0:
+            return nothing(q)
         if q.dtype == jnp.float16:
             out, lse = self.attention(*(x.astype(jnp.float32) for x in (q, k, v)), intervals)
             return out.astype(q.dtype), lse
@@ -155,8 +156,6 @@ def _sizes(impl: Mosaic, q, k) -> Sizes:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
-    if k.shape[1] == 0:
-        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
     sizes = _sizes(impl, q, k)
     out, lse = forward(
         sizes,
@@ -179,9 +178,7 @@ def _attention_bwd(impl, residuals, cotangents):
     """
     q, k, v, bounds, out, lse = residuals
     keys, kv_heads = k.shape[1:3]
-    if keys == 0:
-        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
-    d_out, d_lse = cotangents
+    d_out, d_lse = quiet_cotangents(lse, *cotangents)
     sizes = _sizes(impl, q, k)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
     stats = jnp.concatenate([_grouped(x, kv_heads, sizes.query) for x in (lse, delta)], axis=2)

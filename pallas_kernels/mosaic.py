@@ -17,8 +17,9 @@ from pallas_kernels.tpu_forward import forward
 from pallas_kernels.tpu_grid import Sizes, Work
 from pallas_kernels.tpu_window import window_attention
 
-# Bytes of a query tile with all heads of a group: more, and VMEM does not hold what belongs to it.
-_QUERY_BYTES = 1 << 20
+# Bytes of a query tile with all heads of a group and of a key tile: more, and VMEM does not hold
+# what belongs to them.
+_TILE_BYTES = 5 << 18
 
 # Two integers an entry in 1 MiB of scalar memory, of which the compiler wants some.
 _ENTRIES = 96 * 1024
@@ -143,14 +144,22 @@ def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> 
 
 
 def _sizes(impl: Mosaic, q, k) -> Sizes:
-    """The tiles asked for, or smaller ones where rows are short or groups of heads large.
+    """The tiles asked for, or smaller ones where rows are short, groups of heads or heads large.
 
     By shape and type of q (B, T, N, H) and k (B, S, K, H).
     """
     query, key = _tile(impl.query_tile, q.shape[1]), _tile(impl.key_tile, k.shape[1])
-    a_query = q.shape[2] // k.shape[2] * -(-q.shape[3] // 128) * 128 * q.dtype.itemsize
-    while query > 128 and query * a_query > _QUERY_BYTES:
-        query = query // 256 * 128
+    group, a_head = q.shape[2] // k.shape[2], -(-q.shape[3] // 128) * 128 * q.dtype.itemsize
+    while (query * group + key) * a_head > _TILE_BYTES:
+        if query > 128:
+            query = query // 256 * 128
+        elif key > 128:
+            key = key // 256 * 128
+        else:
+            raise NotImplementedError(
+                f"{group} heads a group of head_dim {q.shape[3]} in {q.dtype} exceed a TPU's VMEM "
+                "in tiles of 128; use Blockwise()"
+            )
     return Sizes(query, key, impl.interpret)
 
 

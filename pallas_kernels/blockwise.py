@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
-from pallas_kernels.quiet import quiet, used_keys
+from pallas_kernels.quiet import nothing, quiet, quiet_cotangents, used_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Blockwise:
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """As `Dense.attention`, with a backward pass that recomputes the scores tile by tile."""
+        if 0 in q.shape or k.shape[1] == 0:
+            return nothing(q)
         return _attention(self, *quiet(q, k, v, intervals), intervals)
 
     def prefix_attention(
@@ -53,6 +55,8 @@ class Blockwise:
         Tiles are read straight from the stack: no layer of the cache is ever copied.
         """
         _, batch, heads, slots, width = cache_k.shape
+        if 0 in q.shape or slots == 0:
+            return nothing(q)
         tile = min(self.key_tile, slots)
 
         used = used_keys(intervals, slots)[:, None, :, None]
@@ -174,8 +178,6 @@ def _forward(impl: Blockwise, q, keys: _Keys, intervals: Intervals):
         out = _unfold(out / safe[..., None], tile).astype(q.dtype)
         return carry, (out, _unfold(lse[..., None], tile)[..., 0])
 
-    if keys.length == 0:
-        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, wide)
     tiled = (_tiles(q, tile), jax.tree.map(lambda x: _tiles(x, tile), intervals))
     _, (out, lse) = lax.scan(one_tile, None, tiled)
     return _untile(out, length), _untile(lse, length)
@@ -245,9 +247,8 @@ def _attention_fwd(impl, q, k, v, intervals):
 
 def _attention_bwd(impl, residuals, cotangents):
     q, k, v, intervals, out, lse = residuals
-    if k.shape[1] == 0:
-        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
-    return (*_backward(impl, q, k, v, intervals, out, lse, *cotangents), None)
+    d_out, d_lse = quiet_cotangents(lse, *cotangents)
+    return (*_backward(impl, q, k, v, intervals, out, lse, d_out, d_lse), None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

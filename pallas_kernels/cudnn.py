@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.blockwise import Blockwise
 from pallas_kernels.dense import Dense
 from pallas_kernels.intervals import Intervals
-from pallas_kernels.quiet import quiet
+from pallas_kernels.quiet import nothing, quiet
 
 # Dense attention copies the layer of the cache that it reads: only short caches are read so.
 _DENSE_SLOTS = 512
@@ -68,6 +68,8 @@ class Cudnn:
                 f"cuDNN attention takes head_dim in eights, not {q.shape[3]}; use Dense() for "
                 "short rows or Blockwise() for long ones"
             )
+        if 0 in q.shape or k.shape[1] == 0:
+            return nothing(q)
         q, k, v = quiet(q, k, v, intervals)
         sees = (intervals.a1 > intervals.a0) | (intervals.b1 > intervals.b0)
         if max(q.shape[1], k.shape[1]) > self.query_chunk:

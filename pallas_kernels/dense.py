@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
-from pallas_kernels.quiet import quiet
+from pallas_kernels.quiet import nothing, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Dense:
 
         N is a multiple of K (grouped queries). A query that sees nothing returns zeros, lse EMPTY.
         """
+        if 0 in q.shape or k.shape[1] == 0:
+            return nothing(q)
         q, k, v = quiet(q, k, v, intervals)
         batch, length, heads, width = q.shape
         kv_heads = k.shape[2]
@@ -43,7 +45,9 @@ class Dense:
         share = weights / jnp.where(total > 0, total, 1.0)
         share = share.reshape(batch, kv_heads, length * group, -1).astype(v.dtype)
         out = jnp.einsum("bkts,bskh->bkth", share, v, preferred_element_type=wide)
-        out = out.reshape(batch, kv_heads, length, group, width).transpose(0, 2, 1, 3, 4)
+        out = out.reshape(batch, kv_heads, length, group, width)
+        # Zeros already; so are, by this, the cotangents of rows that see nothing.
+        out = jnp.where(total == 0, 0, out).transpose(0, 2, 1, 3, 4)
         lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), EMPTY)
         lse = lse[..., 0].transpose(0, 2, 1, 3).reshape(batch, length, heads)
         return out.reshape(q.shape).astype(q.dtype), lse

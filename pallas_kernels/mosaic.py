@@ -9,8 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
-from pallas_kernels.merge import EMPTY
-from pallas_kernels.quiet import quiet
+from pallas_kernels.quiet import nothing, quiet, quiet_cotangents
 from pallas_kernels.tile_sizes import tile_sizes
 from pallas_kernels.tiles import tile_list, tile_map
 from pallas_kernels.tpu_backward import backward_keys, backward_queries
@@ -18,8 +17,9 @@ from pallas_kernels.tpu_forward import forward
 from pallas_kernels.tpu_grid import Sizes, Work
 from pallas_kernels.tpu_window import window_attention
 
-# Bytes of a query tile with all heads of a group: more, and VMEM does not hold what belongs to it.
-_QUERY_BYTES = 1 << 20
+# Bytes of a query tile with all heads of a group and of a key tile: more, and VMEM does not hold
+# what belongs to them.
+_TILE_BYTES = 5 << 18
 
 # Two integers an entry in 1 MiB of scalar memory, of which the compiler wants some.
 _ENTRIES = 96 * 1024
@@ -62,6 +62,8 @@ class Mosaic:
 
         Raises NotImplementedError for more pairs of tiles than a TPU's scalar memory can list.
         """
+        if 0 in q.shape or k.shape[1] == 0:
+            return nothing(q)
         if q.dtype == jnp.float16:
             out, lse = self.attention(*(x.astype(jnp.float32) for x in (q, k, v)), intervals)
             return out.astype(q.dtype), lse
@@ -142,21 +144,27 @@ def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> 
 
 
 def _sizes(impl: Mosaic, q, k) -> Sizes:
-    """The tiles asked for, or smaller ones where rows are short or groups of heads large.
+    """The tiles asked for, or smaller ones where rows are short, groups of heads or heads large.
 
     By shape and type of q (B, T, N, H) and k (B, S, K, H).
     """
     query, key = _tile(impl.query_tile, q.shape[1]), _tile(impl.key_tile, k.shape[1])
-    a_query = q.shape[2] // k.shape[2] * -(-q.shape[3] // 128) * 128 * q.dtype.itemsize
-    while query > 128 and query * a_query > _QUERY_BYTES:
-        query = query // 256 * 128
+    group, a_head = q.shape[2] // k.shape[2], -(-q.shape[3] // 128) * 128 * q.dtype.itemsize
+    while (query * group + key) * a_head > _TILE_BYTES:
+        if query > 128:
+            query = query // 256 * 128
+        elif key > 128:
+            key = key // 256 * 128
+        else:
+            raise NotImplementedError(
+                f"{group} heads a group of head_dim {q.shape[3]} in {q.dtype} exceed a TPU's VMEM "
+                "in tiles of 128; use Blockwise()"
+            )
     return Sizes(query, key, impl.interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
-    if k.shape[1] == 0:
-        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
     sizes = _sizes(impl, q, k)
     out, lse = forward(
         sizes,
@@ -179,9 +187,7 @@ def _attention_bwd(impl, residuals, cotangents):
     """
     q, k, v, bounds, out, lse = residuals
     keys, kv_heads = k.shape[1:3]
-    if keys == 0:
-        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
-    d_out, d_lse = cotangents
+    d_out, d_lse = quiet_cotangents(lse, *cotangents)
     sizes = _sizes(impl, q, k)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
     stats = jnp.concatenate([_grouped(x, kv_heads, sizes.query) for x in (lse, delta)], axis=2)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.quiet import nothing
 from pallas_kernels.tpu_grid import LANES, LOG2E, dot, lane_sums, wide
 
 _QUERIES = 256
@@ -94,7 +95,7 @@ def window_attention(
     if key_tile < 1 or key_tile % step:
         raise ValueError(f"key_tile={key_tile} must be a multiple of {step}; type key_tile=512")
     if 0 in q.shape or slots == 0:
-        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
+        return nothing(q)
     group, tile = heads // kv_heads, min(key_tile, slots)
     if group * length * q.dtype.itemsize > _ROW_BYTES:
         raise NotImplementedError(

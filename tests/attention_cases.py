@@ -363,6 +363,25 @@ class AttentionCases:
         assert (np.asarray(result.d_q)[empty] == 0).all()
         assert (np.asarray(result.d_k)[unseen] == 0).all()
         assert (np.asarray(result.d_v)[unseen] == 0).all()
+        d_out = np.where(empty[..., None, None], np.nan, case.d_out)
+        loud = replace(case, d_out=d_out, d_lse=np.where(empty[..., None], np.nan, case.d_lse))
+        for name, a, b in zip(Result._fields, result, self.run(loud), strict=True):
+            assert np.array_equal(np.asarray(a), np.asarray(b)), name
+
+    @pytest.mark.parametrize("rows, queries, keys", [(1, 0, 6), (1, 6, 0), (0, 6, 6)])
+    def test_no_rows_no_queries_or_no_keys(self, rows, queries, keys):
+        """Nothing in, nothing seen: zeros of the right shape and type, gradients too."""
+        q, d_out = (jnp.ones((rows, queries, 4, self.width), self.dtype) for _ in range(2))
+        k, d_lse = jnp.ones((rows, keys, 2, self.width), self.dtype), jnp.ones(q.shape[:3])
+        bounds = Intervals(*[jnp.zeros((rows, queries), jnp.int32)] * 4)
+        found = self.call(run_jit, q, k, k, bounds, d_out, d_lse)
+        cache = jnp.ones((2, rows, 2, keys, self.width), self.dtype)
+        window = self.call(prefix_jit, q, cache, cache, jnp.asarray(1), bounds)
+        for out, lse in (found[:2], window):
+            assert out.shape == q.shape and (np.asarray(out) == 0).all()
+            assert lse.shape == q.shape[:3] and (np.asarray(lse) == np.float32(EMPTY)).all()
+        for gradient, of in zip(found[2:], (q, k, k), strict=True):
+            assert gradient.shape == of.shape and (np.asarray(gradient) == 0).all()
 
     def test_large_scores_do_not_overflow(self):
         """Scores of several hundred: the softmax is shifted by its maximum."""

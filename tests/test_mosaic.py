@@ -66,14 +66,16 @@ def test_more_pairs_of_tiles_than_scalar_memory_lists_are_refused():
 
 
 def test_tiles_shrink_with_short_rows_and_large_groups():
-    """Two tiles a row at least; a query tile with its heads stays within a MiB."""
+    """Two tiles a row at least; a query tile with its heads and a key tile stay within 1.25 MiB."""
     assert [_tile(512, n) for n in (5, 128, 129, 512, 700, 4096)] == [16, 128, 128, 256, 384, 512]
 
-    def query_tile(group, head_dim, dtype):
+    def sizes(group, head_dim, dtype):
         q = jax.ShapeDtypeStruct((1, 4096, 2 * group, head_dim), dtype)
         k = jax.ShapeDtypeStruct((1, 4096, 2, head_dim), dtype)
-        return _sizes(Mosaic(), q, k).query
+        return _sizes(Mosaic(), q, k)[:2]
 
-    assert query_tile(8, 128, jnp.bfloat16) == query_tile(4, 128, jnp.float32) == 512
-    assert query_tile(16, 128, jnp.bfloat16) == query_tile(8, 80, jnp.float32) == 256
-    assert query_tile(16, 256, jnp.float32) == 128
+    assert sizes(8, 128, jnp.bfloat16) == sizes(4, 128, jnp.float32) == (512, 512)
+    assert sizes(16, 128, jnp.bfloat16) == sizes(2, 256, jnp.float32) == (256, 512)
+    assert sizes(4, 512, jnp.bfloat16) == (128, 512) and sizes(2, 512, jnp.float32) == (128, 256)
+    with pytest.raises(NotImplementedError, match="32 heads a group of head_dim 128 in float32"):
+        sizes(32, 128, jnp.float32)

@@ -86,6 +86,13 @@ def test_the_tiles_of_the_table_compile(topology):
         assert sum(mosaic_calls(training(topology, head_dim, tile=tile).as_text()).values()) == 3
 
 
+@pytest.mark.slow
+def test_tiles_that_vmem_does_not_hold_shrink_until_they_compile():
+    """Two heads of 256 a group in float32: asked for tiles of 512."""
+    program = training("v5e-4", 256, "float32", tile=512)
+    assert sum(mosaic_calls(program.as_text()).values()) == 3
+
+
 # A small shape, with lengths and a vocabulary that nothing else has.
 LENGTH, SLOTS, ROWS, WIDTH = 2048, 8192, 32, 384
 SPINE = (

@@ -1,10 +1,11 @@
-"""The implementation for Hopper GPUs: Pallas kernels that Mosaic compiles, behind the two functions."""
+"""The implementation for Hopper GPUs: Pallas kernels of Mosaic, behind the common two functions."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import Blockwise
@@ -12,8 +13,7 @@ from pallas_kernels.hopper_backward import backward_keys, backward_queries
 from pallas_kernels.hopper_forward import LOG2E, ROWS, Sizes, forward
 from pallas_kernels.hopper_tiles import key_plan, query_plan
 from pallas_kernels.intervals import Intervals
-from pallas_kernels.merge import EMPTY
-from pallas_kernels.quiet import quiet
+from pallas_kernels.quiet import nothing
 
 # Queries, and keys in the pass for dK and dV, of a thread block: two warpgroups of 64.
 _TILE = 2 * ROWS
@@ -23,15 +23,13 @@ _TILE = 2 * ROWS
 class Hopper:
     """Block-sparse attention on an H100 or H200, accumulated in float32; bfloat16 and float16.
 
-    Each pass has its keys (or queries) per step and steps in flight, as they were measured best.
+    Tiles of 128 tokens; how many of them are in flight in the forward pass, in that for dQ and (of
+    64 queries) in that for dK and dV.
     """
 
-    forward_keys: int = 128
     forward_stages: int = 2
-    queries_keys: int = 128
     queries_stages: int = 2
-    keys_stages: int = 3
-    tidy: bool = True
+    keys_stages: int = 4
 
     def attention(
         self,
@@ -52,8 +50,6 @@ class Hopper:
             raise NotImplementedError(
                 f"the Hopper kernels take head_dim up to 128, not {q.shape[3]}; use Cudnn()"
             )
-        if self.tidy:
-            q, k, v = quiet(q, k, v, intervals)
         return _attention(self, q, k, v, intervals)
 
     def prefix_attention(
@@ -83,13 +79,11 @@ def _padded(bounds: Intervals) -> Intervals:
     return Intervals(*(_pad(x, _TILE, 1) for x in bounds))
 
 
-def _sizes(impl: Hopper, q: Array, k: Array) -> tuple[int, Sizes, Sizes, Sizes]:
-    """The keys of a tile that all passes share, and the sizes of the three passes."""
-    width = q.shape[3]
+def _sizes(impl: Hopper, width: int) -> tuple[Sizes, Sizes, Sizes]:
+    """Of the forward pass, of dQ, of dK and dV."""
     return (
-        max(_TILE, impl.forward_keys, impl.queries_keys),
-        Sizes(impl.forward_keys, impl.forward_stages, width),
-        Sizes(impl.queries_keys, impl.queries_stages, width),
+        Sizes(_TILE, impl.forward_stages, width),
+        Sizes(_TILE, impl.queries_stages, width),
         Sizes(_TILE, impl.keys_stages, width),
     )
 
@@ -101,44 +95,40 @@ def _attention(impl: Hopper, q, k, v, bounds: Intervals):
 
 def _attention_fwd(impl, q, k, v, bounds):
     queries, width = q.shape[1], q.shape[3]
-    if k.shape[1] == 0 or queries == 0:
-        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
-        return (out, lse), (q, k, v, bounds, out, lse)
-    whole, sizes, _, _ = _sizes(impl, q, k)
-    padded = _padded(bounds)
+    if 0 in (*q.shape[:2], k.shape[1]):
+        return nothing(q), (q, k, v, bounds, None, *nothing(q))
+    sizes, _, _ = _sizes(impl, width)
+    padded, k_tiles = _padded(bounds), _tiled(k, _TILE)
+    plan = query_plan(padded, k_tiles.shape[1], _TILE, sizes.key)
     out, lse = forward(
-        sizes,
-        query_plan(padded, _TILE, sizes.key),
-        _tiled(q, _TILE),
-        _tiled(k, whole),
-        _tiled(v, whole),
-        jnp.stack(padded, axis=1),
+        sizes, plan, _tiled(q, _TILE), k_tiles, _tiled(v, _TILE), jnp.stack(padded, axis=1)
     )
-    out, lse = out[:, :queries, :, :width], lse[:, :, :queries].swapaxes(1, 2)
-    return (out, lse), (q, k, v, bounds, out, lse)
+    out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
+    return (out, lse.swapaxes(1, 2)), (q, k, v, bounds, plan, out, lse)
 
 
 def _attention_bwd(impl, residuals, cotangents):
-    q, k, v, bounds, out, lse = residuals
+    q, k, v, bounds, plan, out, lse = residuals
     (queries, width), keys = (q.shape[1], q.shape[3]), k.shape[1]
-    if keys == 0 or queries == 0:
+    if 0 in (*q.shape[:2], keys):
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    stats = jnp.stack([lse * LOG2E, delta], axis=1)
-    whole, _, by_queries, by_keys = _sizes(impl, q, k)
+    # A sum that reads in one order and writes in another is slow: the two are kept apart.
+    delta = lax.optimization_barrier(delta).swapaxes(1, 2)
+    _, by_queries, by_keys = _sizes(impl, width)
     padded = _padded(bounds)
     arguments = (
         _tiled(q, _TILE),
-        _tiled(k, whole),
-        _tiled(v, whole),
+        _tiled(k, _TILE),
+        _tiled(v, _TILE),
         _tiled(d_out, _TILE),
-        _pad(jnp.moveaxis(stats, 3, 1), _TILE, 3),
+        _pad(jnp.stack([lse * LOG2E, delta], axis=2), _TILE, 3),
         jnp.stack(padded, axis=1),
     )
-    d_q = backward_queries(by_queries, query_plan(padded, _TILE, by_queries.key), *arguments)
-    plan = key_plan(padded, arguments[1].shape[1], ROWS, _TILE)
-    d_k, d_v = backward_keys(by_keys, plan, *arguments)
+    d_q = backward_queries(by_queries, plan, *arguments)
+    by_key_tiles = key_plan(padded, arguments[1].shape[1], ROWS, _TILE)
+    d_k, d_v = backward_keys(by_keys, by_key_tiles, *arguments)
     d_k, d_v = (x[:, :keys, :, :width] for x in (d_k, d_v))
     return d_q[:, :queries, :, :width], d_k, d_v, None
 

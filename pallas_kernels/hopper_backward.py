@@ -1,7 +1,7 @@
 """Attention backward on Hopper: dQ by query tiles, dK and dV by key tiles; no atomics.
 
-With P = exp(S - lse): dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K, dK = dS^T Q, where delta is
-rowsum(dO * O) - dlse. Both kernels compute P again: sums stay in one order, equal bit by bit.
+With P = exp(S - lse): dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K, dK = dS^T Q, where delta
+is rowsum(dO * O) - dlse. Both kernels compute P again: sums stay in one order, equal bit by bit.
 """
 
 import math
@@ -20,13 +20,15 @@ from pallas_kernels.hopper_forward import (
     ROWS,
     Runs,
     Sizes,
+    Stream,
     across,
-    load,
     row_wise,
     seen,
     tiled,
+    used,
+    zero_rows,
 )
-from pallas_kernels.hopper_tiles import KeyPlan, QueryPlan
+from pallas_kernels.hopper_tiles import IDLE, OWN, KeyPlan, QueryPlan
 
 
 def _zeros(shape: tuple[int, int]) -> Array:
@@ -60,7 +62,8 @@ def backward_queries(
     scale = LOG2E / math.sqrt(sizes.width)
     shape = (ROWS, sizes.key)
 
-    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, d_q_ref, *scratch):
+    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, *scratch):
+        plan_ref, used_ref, unclean_ref, d_q_ref, *scratch = scratch
         q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = scratch
         q_here, k_here, v_here, k_free, v_free = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
@@ -94,10 +97,16 @@ def backward_queries(
                 accumulator = plgpu.ACC(shape, jnp.float32)
                 p, d_p = pl.run_scoped(scores, accumulator, accumulator)
                 plgpu.barrier_arrive(v_free.at[slot])
+                d_s = p * (d_p - across(delta, shape))
                 if masked:
                     key_tile, own = runs.masked_tile(number)
-                    p = jnp.where(seen(bounds_smem.at[group_id], own, key_tile, shape), p, 0)
-                d_s = (p * (d_p - across(delta, shape))).astype(q.dtype)
+                    d_s = jnp.where(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s, 0)
+
+                    @pl.when(unclean_ref[row, key_tile] > 0)
+                    def _():
+                        zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
+
+                d_s = d_s.astype(q.dtype)
 
                 def products(ref):
                     plgpu.wgmma(ref, d_s, k_smem.at[slot])
@@ -119,12 +128,16 @@ def backward_queries(
         def _():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
-            pairs = ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free))
+            streams = (
+                Stream(k_ref, k_smem, k_here, k_free),
+                Stream(v_ref, v_smem, v_here, v_free),
+            )
 
             @pl.loop(0, runs.count + sizes.stages)
             def _(number):
                 key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
-                load(pairs, number, sizes.stages, key, runs.count)
+                for stream in streams:
+                    stream.load(number, sizes.stages, key, runs.count)
 
     tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
@@ -144,7 +157,7 @@ def backward_queries(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, d_out, stats, bounds, plan.columns)
+    )(q, k, v, d_out, stats, bounds, *plan)
 
 
 def backward_keys(
@@ -198,13 +211,21 @@ def backward_keys(
 
                 accumulator = plgpu.ACC(shape, jnp.float32)
                 p, d_p = pl.run_scoped(scores, accumulator, accumulator)
+                d_s = p * (d_p - _column_wise(stats_smem[slot, 1], shape))
                 if masked:
                     low, high = (_column_wise(bounds_smem[slot, i], shape) for i in range(2))
                     key = first + plgpu.broadcasted_iota(
                         jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
                     )
-                    p = jnp.where((key >= low) & (key < high), p, 0)
-                d_s = p * (d_p - _column_wise(stats_smem[slot, 1], shape))
+                    keep = (key >= low) & (key < high)
+                    p, d_s = jnp.where(keep, p, 0), jnp.where(keep, d_s, 0)
+
+                    @pl.when(list_ref[place, lax.div(number, jnp.int32(group))] & IDLE != 0)
+                    def _():
+                        own = bounds_smem.at[slot]
+                        zero_rows(queries, lambda offset: own[1] - own[0])
+                        zero_rows(d_outs, lambda offset: own[1] - own[0])
+
                 p, d_s = p.astype(q.dtype), d_s.astype(q.dtype)
 
                 def products(accumulators):
@@ -219,9 +240,7 @@ def backward_keys(
 
             carry = (_zeros((ROWS, width)),) * 2
             carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, False), carry)
-            carry = lax.fori_loop(
-                full * group, count * group, lambda n, c: step(n, c, True), carry
-            )
+            carry = lax.fori_loop(full * group, count * group, lambda n, c: step(n, c, True), carry)
             d_k, d_v = carry
             my_k[...] = (d_k * (1 / math.sqrt(sizes.width))).astype(q.dtype)
             my_v[...] = d_v.astype(q.dtype)
@@ -247,8 +266,8 @@ def backward_keys(
                 def _():
                     entry = list_ref[place, lax.div(number, jnp.int32(group))]
                     head = kv_head * group + lax.rem(number, jnp.int32(group))
-                    at = pl.ds((entry >> 1) * ROWS, ROWS)
-                    part = pl.ds((entry & 1) * 2, 2)
+                    at = pl.ds((entry >> 2) * ROWS, ROWS)
+                    part = pl.ds((entry & OWN) * 2, 2)
                     arrived = q_here.at[slot]
                     plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[slot], arrived)
                     plgpu.copy_gmem_to_smem(

@@ -1,7 +1,7 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Runs(NamedTuple):
 
     def masked_tile(self, step: Array) -> tuple[Array, Array]:
         """The key tile of a step from `full` on, and whether the own interval masks it."""
-        (a0, a1, a2, a3), (b0, b1, b2, b3) = self.clean, self.own
+        (a0, a1, a2, a3), (b0, b1, b2, _) = self.clean, self.own
         step = step - self.full
         left, clean = a1 - a0, a1 - a0 + a3 - a2
         mine = clean + b1 - b0
@@ -105,18 +105,52 @@ def seen(bounds, own: Array, tile: Array, shape: tuple[int, int]) -> Array:
     return (column >= across(low, shape)) & (column < across(high, shape))
 
 
-def load(pairs, step: Array, stages: int, key, count: Array) -> None:
-    """The loading warpgroup's step: each (source, target, arrived, freed) is filled once free."""
-    slot = lax.rem(step, jnp.int32(stages))
-    for source, target, arrived, freed in pairs:
+def used(flags, first: Array):
+    """Reads the flags of 64 keys in device memory, `offset` after the `first` one of a tile."""
+
+    def read(offset):
+        here = flags.at[pl.ds(first + offset, ROWS)]
+        return plgpu.load(here, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    return read
+
+
+def zero_rows(tile, keep) -> None:
+    """Zeros in the rows of a tile (64 n, H) in shared memory where `keep` (64 n,) is not positive.
+
+    Zero times NaN is NaN: what nobody sees must not stand in a product. Both warpgroups write all
+    of a tile, each the same values, so that neither waits for the other.
+    """
+    for first in range(0, tile.shape[0], ROWS):
+        part = tile.at[pl.ds(first, ROWS)]
+        kept = row_wise(keep(first)) > 0
+        part[...] = jnp.where(across(kept, part.shape), part[...], 0).astype(part.dtype)
+    plgpu.commit_smem()
+
+
+class Stream(NamedTuple):
+    """A source in device memory, its buffers, and their barriers: arrived, free again."""
+
+    source: Any
+    buffers: Any
+    arrived: Any
+    free: Any
+
+    def load(self, step: Array, stages: int, key, count: Array) -> None:
+        """The loading warpgroup's step: waits for a buffer, and fills it if there is a tile left.
+
+        The last `stages` steps load nothing: they see every buffer freed.
+        """
+        slot = lax.rem(step, jnp.int32(stages))
 
         @pl.when(step >= stages)
         def _():
-            plgpu.barrier_wait(freed.at[slot])
+            plgpu.barrier_wait(self.free.at[slot])
 
         @pl.when(step < count)
         def _():
-            plgpu.copy_gmem_to_smem(source.at[key], target.at[slot], arrived.at[slot])
+            source, buffer = self.source.at[key], self.buffers.at[slot]
+            plgpu.copy_gmem_to_smem(source, buffer, self.arrived.at[slot])
 
 
 def forward(
@@ -137,8 +171,8 @@ def forward(
     scale = LOG2E / math.sqrt(sizes.width)
     shape = (ROWS, sizes.key)
 
-    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, out_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, bounds_smem, lse_smem, *barriers = scratch
+    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *scratch):
+        out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, lse_smem, *barriers = scratch
         q_here, k_here, v_here, k_free, v_free, turn = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
@@ -183,6 +217,12 @@ def forward(
                 acc, total, top, p16 = lax.optimization_barrier((acc, total, higher, p16))
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_here.at[slot])
+                if masked:
+
+                    @pl.when(unclean_ref[row, key_tile] > 0)
+                    def _():
+                        zero_rows(v_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
+
                 plgpu.barrier_wait(turn)
 
                 def values(ref):
@@ -215,12 +255,16 @@ def forward(
         def _():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
-            pairs = ((k_ref, k_smem, k_here, k_free), (v_ref, v_smem, v_here, v_free))
+            streams = (
+                Stream(k_ref, k_smem, k_here, k_free),
+                Stream(v_ref, v_smem, v_here, v_free),
+            )
 
             @pl.loop(0, runs.count + sizes.stages)
             def _(number):
                 key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
-                load(pairs, number, sizes.stages, key, runs.count)
+                for stream in streams:
+                    stream.load(number, sizes.stages, key, runs.count)
 
     tile = (sizes.stages, sizes.key, width)
     per_stage = {"num_barriers": sizes.stages}
@@ -248,4 +292,4 @@ def forward(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, bounds, plan.columns)
+    )(q, k, v, bounds, *plan)

@@ -12,33 +12,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.intervals import Intervals
+from pallas_kernels.quiet import used_keys
 
 _LAST = jnp.iinfo(jnp.int32).max
+
+# Flags of an entry: it is about the own noisy interval; that of some query in the tile is empty.
+OWN, IDLE = 1, 2
 
 
 class QueryPlan(NamedTuple):
     """Per query tile, sorted: its row, its number and its two runs of key tiles.
 
     columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run.
+    used: which keys some query sees. unclean: key tiles that hold others.
     """
 
     columns: Int[Array, "P 10"]
+    used: Int[Array, "B S"]
+    unclean: Int[Array, "B J"]
 
 
 class KeyPlan(NamedTuple):
     """Per key tile, sorted: which query tiles visit it.
 
-    columns: row, tile, number of entries without a mask, of all. entries: query tile << 1 | whether
-    it is about the own noisy interval; those without a mask come first, those past the number are
-    undefined.
+    columns: row, tile, number of entries without a mask, of all. entries: query tile << 2 | flags;
+    those without a mask come first, those past the number are undefined.
     """
 
     columns: Int[Array, "P 4"]
     entries: Int[Array, "P n"]
 
 
-def query_plan(bounds: Intervals, query_tile: int, key_tile: int) -> QueryPlan:
-    """The plan of the forward pass and of dQ; T is a multiple of `query_tile`."""
+def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> QueryPlan:
+    """The plan of the forward pass and of dQ; T and S = `keys` are multiples of the tiles."""
     rows = bounds.a0.shape[0]
     runs = []
     for low, high in ((bounds.a0, bounds.a1), (bounds.b0, bounds.b1)):
@@ -59,11 +65,15 @@ def query_plan(bounds: Intervals, query_tile: int, key_tile: int) -> QueryPlan:
     )
     columns = jnp.stack([row, tile, *runs], axis=2).reshape(rows * tiles, 10).astype(jnp.int32)
     work = runs[3] - runs[0] + runs[7] - runs[4]
-    return QueryPlan(columns[_heavy_first(work.reshape(-1))])
+    used = used_keys(bounds, keys)
+    unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
+    return QueryPlan(
+        _heavy_first(work.reshape(-1), columns), used.astype(jnp.int32), unclean.astype(jnp.int32)
+    )
 
 
 def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> KeyPlan:
-    """The plan of dK and dV over S = `keys` keys, a multiple of `key_tile`, as T of `query_tile`."""
+    """The plan of dK and dV; T and S = `keys` are multiples of the tiles."""
     rows = bounds.a0.shape[0]
     low, high = (
         jnp.stack(ends).reshape(2, rows, -1, query_tile)
@@ -84,22 +94,30 @@ def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> Ke
     masked = live & ~full
     fulls = full.sum(axis=1, keepdims=True)
     # Where an entry goes: entries without a mask first, then the others, each in order.
-    place = jnp.where(
-        full,
-        jnp.cumsum(full, axis=1) - 1,
-        jnp.where(masked, fulls + jnp.cumsum(masked, axis=1) - 1, live.shape[1]),
-    )
+    outside = live.shape[1] + jnp.arange(live.shape[1])
+    place = jnp.where(masked, fulls + jnp.cumsum(masked, axis=1) - 1, outside)
+    place = jnp.where(full, jnp.cumsum(full, axis=1) - 1, place)
     part, tile = jnp.divmod(jnp.arange(2 * tiles), tiles)
-    code = jnp.broadcast_to(tile << 1 | part, live.shape).astype(jnp.int32)
+    # (2, B, I) -> (B * J, 2 * I)
+    idle = jnp.moveaxis((~some).any(axis=3), 0, 1).reshape(rows, 1, 2 * tiles)
+    idle = jnp.broadcast_to(idle, (rows, key_tiles, 2 * tiles)).reshape(live.shape)
+    code = ((tile << 2 | part * OWN) + idle * IDLE).astype(jnp.int32)
     entries = jnp.zeros(live.shape, jnp.int32)
     owner = jnp.arange(live.shape[0])[:, None]
     entries = entries.at[owner, place].set(code, mode="drop", unique_indices=True)
     row, tile = jnp.divmod(jnp.arange(rows * key_tiles), key_tiles)
     count = live.sum(axis=1)
     columns = jnp.stack([row, tile, fulls[:, 0], count], axis=1).astype(jnp.int32)
-    order = _heavy_first(count)
-    return KeyPlan(columns[order], entries[order])
+    return KeyPlan(_heavy_first(count, columns), _heavy_first(count, entries))
 
 
-def _heavy_first(work: Int[Array, "P"]) -> Int[Array, "P"]:
-    return jnp.argsort(-work, stable=True)
+def _heavy_first(work: Int[Array, "P"], table: Int[Array, "P n"]) -> Int[Array, "P n"]:
+    """The rows of the table, the most work first, in their order where it is equal.
+
+    By comparing all pairs: for so few rows one kernel instead of the many of a sort.
+    """
+    number = jnp.arange(work.shape[0])
+    before = work[None] > work[:, None]
+    before |= (work[None] == work[:, None]) & (number[None] < number[:, None])
+    place = before.sum(axis=1)
+    return jnp.zeros_like(table).at[place].set(table, unique_indices=True)

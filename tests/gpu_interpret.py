@@ -1,10 +1,11 @@
 """Mosaic GPU kernels on the CPU: jax's interpreter, which runs the barriers and finds races, with
 the tensor core's products put in its place.
 
-The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
-While a kernel is traced here, an accumulator is a plain value, a product is added to it at once, and
-layouts, which the interpreter does not model, are left out. A product reads shared memory where copies
-write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered so.
+The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in
+registers. While a kernel is traced here, an accumulator is a plain value, a product is added to it
+at once, and layouts, which the interpreter does not model, are left out. A product reads shared
+memory the way copies write it, not as loads do: a warpgroup's reads are ordered so before it frees
+a buffer.
 """
 
 import contextlib
@@ -13,9 +14,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 
 class _Accumulator:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from bdjax.sharding import device_kind, per_shard
-from pallas_kernels import Blockwise, Cudnn, Dense, Intervals, Mosaic, merge
+from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Intervals, Mosaic, merge
 
-Implementation = Dense | Blockwise | Cudnn | Mosaic
+Implementation = Dense | Blockwise | Cudnn | Hopper | Mosaic
 
 HEADS = ("batch", "length", "heads", "head_dim")
 KV_HEADS = ("batch", "length", "kv_heads", "head_dim")
@@ -31,6 +31,9 @@ _FEW_PAIRS = 128 * 128
 # Dense attention copies the layer of the cache that it reads: only short caches may be read so.
 _DENSE_SLOTS = 512
 
+# Chips of compute capability 9.0, as they name themselves.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
 
 class Prefix(NamedTuple):
     """One layer of a stacked cache and which of its slots each query sees."""
@@ -39,6 +42,11 @@ class Prefix(NamedTuple):
     v: Float[Array, "L B K S H"]
     layer: Int[Array, ""]
     intervals: Intervals
+
+
+def is_hopper(kind: str) -> bool:
+    """Whether the Hopper kernels run on a chip of this `device_kind`."""
+    return kind.startswith("NVIDIA") and any(name in kind for name in _HOPPER)
 
 
 def candidates(kind: str, queries: int, keys: int, width: int) -> tuple[Implementation, ...]:
@@ -51,7 +59,9 @@ def candidates(kind: str, queries: int, keys: int, width: int) -> tuple[Implemen
         return (portable,)
     if kind.startswith("TPU"):
         return Mosaic.tuned(kind, width), portable
-    return (Cudnn(), portable) if kind.startswith("NVIDIA") else (portable,)
+    if kind.startswith("NVIDIA"):
+        return (Hopper(), Cudnn(), portable) if is_hopper(kind) else (Cudnn(), portable)
+    return (portable,)
 
 
 def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation, ...]:

@@ -1,6 +1,7 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ LOG2E = math.log2(math.e)
 
 # Stands for a masked score; rows start from a maximum above it, so that it never counts.
 _MASKED, _FLOOR = -1e30, -4e28
+
+# jax 0.10 asks for an index beside a reference that has one; later it is deprecated.
+_NO_INDEX = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
 
 
 class Sizes(NamedTuple):
@@ -76,7 +80,7 @@ class Runs(NamedTuple):
         return jnp.where(step < self.full, self.full_tile(step), self.masked_tile(step)[0])
 
 
-def tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+def tiled(shape: tuple[int, ...], dtype):
     """Shared memory as wgmma reads it."""
     swizzle = plgpu.SwizzleTransform(128)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
@@ -110,7 +114,7 @@ def used(flags, first: Array):
 
     def read(offset):
         here = flags.at[pl.ds(first + offset, ROWS)]
-        return plgpu.load(here, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return plgpu.load(here, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
     return read
 

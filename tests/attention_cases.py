@@ -341,7 +341,7 @@ class AttentionCases:
         arguments = [
             jax.tree.map(
                 lambda *x: jnp.stack(
-                    [y if y.dtype == jnp.int32 else jnp.asarray(y, jnp.float32) for y in x]
+                    [y if y.dtype == jnp.int32 else jnp.asarray(y, self.dtype) for y in x]
                 ),
                 *(getattr(c, name) for c in (case, other)),
             )

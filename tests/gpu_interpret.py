@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state.types import TransformedRef
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -94,7 +95,7 @@ def interpreted(detect_races: bool = True):
             (plgpu, "wgmma_accumulator_load", lambda held, wait_n: held.value),
             (plgpu, "layout_cast", lambda x, layout: x),
             (plgpu, "load", lambda ref, index=(), **options: ref[...]),
-            (plgpu, "transpose_ref", lambda ref, order: _Transposed(ref)),
+            (TransformedRef, "transpose", lambda ref, order: _Transposed(ref)),
             (
                 plgpu,
                 "broadcasted_iota",

@@ -1,0 +1,173 @@
+"""The Hopper kernels: their plans against the mask, the algorithm in numpy, the laws on a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import (
+    BLOCK,
+    TOKEN,
+    AttentionCases,
+    Document,
+    assert_close,
+    find,
+    in_type,
+    make_case,
+    pack,
+    reference,
+    run_jit,
+    stack,
+    with_views,
+)
+from gpu_interpret import interpreted
+
+from pallas_kernels import CleanMode, Hopper, Intervals
+from pallas_kernels.hopper_forward import Runs
+from pallas_kernels.hopper_tiles import IDLE, OWN, key_plan, query_plan
+
+TILE = 8
+
+make_query_plan = jax.jit(query_plan, static_argnums=(1, 2, 3))
+make_key_plan = jax.jit(key_plan, static_argnums=(1, 2, 3))
+
+
+@partial(jax.jit, static_argnums=1)
+def routes(columns, steps: int):
+    """Per query tile: its numbers of full and of all tiles; per step the tile and its part."""
+
+    def one(place):
+        runs, step = Runs.read(columns, place), jnp.arange(steps)
+        return runs.full, runs.count, runs.tile(step), runs.masked_tile(step)[1]
+
+    return jax.vmap(one)(jnp.arange(columns.shape[0]))
+
+
+@pytest.mark.gpu
+class TestHopper(AttentionCases):
+    """Rows of several tiles, the last one partly empty."""
+
+    impl = Hopper()
+    length = 300
+    window = (40, 290)
+    width = 64
+    dtype = "bfloat16"
+
+
+@pytest.mark.gpu
+class TestHopperWide(TestHopper):
+    """The tuned width, rows that fill their tiles."""
+
+    length = 384
+    width = 128
+
+
+@pytest.mark.gpu
+class TestHopperPadded(TestHopper):
+    """A width that no product has, rows shorter than a tile."""
+
+    length = 72
+    width = 80
+
+
+def rows(clean: CleanMode = TOKEN, views: int = 1) -> tuple[Intervals, np.ndarray]:
+    """Two packed rows of 32 tokens a stream, with padding: intervals and the mask."""
+    first = pack(32, [Document(9, 4, 2), Document(11, 3), Document(10, 5)])
+    second = pack(32, [Document(20, 8)], lead=3)
+    meta = with_views(stack(first, second), views)
+    bounds = find(meta, meta, clean)
+    return bounds, np.asarray(bounds.mask(meta.stream.shape[1]))
+
+
+@pytest.mark.parametrize("clean", CleanMode)
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_query_tile_visits_what_it_sees_and_masks_what_it_must(clean, views):
+    """Steps below `full` are of tiles seen whole, all others are masked; each pair counts once."""
+    bounds, mask = rows(clean, views)
+    queries, found = mask.shape[1], np.zeros_like(mask, dtype=int)
+    plan = make_query_plan(bounds, queries, TILE, TILE)
+    columns = np.asarray(plan.columns)
+    lengths = columns[:, 5] - columns[:, 2] + columns[:, 9] - columns[:, 6]
+    assert (np.diff(lengths) <= 0).all()
+    assert {tuple(x) for x in columns[:, :2]} == set(np.ndindex(2, queries // TILE))
+    low, high = (np.asarray(jnp.stack(x)) for x in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1)))
+    route = (np.asarray(x) for x in routes(plan.columns, 2 * queries // TILE))
+    for (row, tile, *_), full, count, visited, own in zip(columns, *route, strict=True):
+        at = slice(tile * TILE, (tile + 1) * TILE)
+        for step in range(count):
+            key, part = visited[step] * TILE, int(own[step])
+            if step < full:
+                assert mask[row, at, key : key + TILE].all()
+                found[row, at, key : key + TILE] += 1
+                continue
+            keys = key + np.arange(TILE)
+            inside = (keys >= low[part, row, at, None]) & (keys < high[part, row, at, None])
+            found[row, at, key : key + TILE] += inside
+    assert np.array_equal(found, mask.astype(int))
+    assert np.array_equal(np.asarray(plan.used, bool), mask.any(axis=1))
+    unclean = ~mask.any(axis=1).reshape(2, -1, TILE).all(axis=2)
+    assert np.array_equal(np.asarray(plan.unclean, bool), unclean) and unclean.any()
+
+
+@pytest.mark.parametrize("clean", CleanMode)
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_key_tile_lists_the_query_tiles_that_see_it(clean, views):
+    """Entries without a mask first; a flag where a query's interval is empty; each pair once."""
+    bounds, mask = rows(clean, views)
+    half, found = TILE // 2, np.zeros_like(mask, dtype=int)
+    plan = make_key_plan(bounds, mask.shape[2], half, TILE)
+    columns, entries = np.asarray(plan.columns), np.asarray(plan.entries)
+    assert (np.diff(columns[:, 3]) <= 0).all()
+    assert {tuple(x) for x in columns[:, :2]} == set(np.ndindex(2, mask.shape[2] // TILE))
+    low, high = (np.asarray(jnp.stack(x)) for x in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1)))
+    for (row, tile, full, count), listed in zip(columns, entries, strict=True):
+        keys = tile * TILE + np.arange(TILE)
+        for step, entry in enumerate(listed[:count]):
+            at, part = slice((entry >> 2) * half, ((entry >> 2) + 1) * half), entry & OWN
+            inside = (keys >= low[part, row, at, None]) & (keys < high[part, row, at, None])
+            assert inside.any() and (step >= full or inside.all())
+            assert bool(entry & IDLE) == bool((low[part, row, at] >= high[part, row, at]).any())
+            found[row, at, keys[0] : keys[-1] + 1] += inside
+    assert np.array_equal(found, mask.astype(int))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clean", CleanMode)
+def test_the_kernels_in_the_interpreter_give_the_reference_without_races(clean, capfd):
+    """All three passes with their barriers, two tiles a row, grouped heads; bfloat16."""
+    row = pack(128, [Document(24, 5), Document(100, 9)])
+    meta = with_views(stack(row), 1)
+    drawn = make_case(meta, meta, clean, heads=2, kv_heads=1, width=64)
+    case = in_type(drawn, "bfloat16")
+    q, k, v, d_out = (jnp.asarray(getattr(case, n), "bfloat16") for n in ("q", "k", "v", "d_out"))
+    with interpreted():
+        got = run_jit(Hopper(), q, k, v, case.intervals, d_out, jnp.asarray(case.d_lse))
+        jax.block_until_ready(got)
+    expected = reference(case.q, case.k, case.v, case.d_out, case.d_lse, case.seen)
+    empty = ~case.seen.any(axis=-1)
+    for name, actual, want in zip(expected._fields, got, expected, strict=True):
+        actual = np.asarray(actual, np.float64)
+        if name == "lse":
+            actual, want = actual[~empty], want[~empty]
+        assert_close(actual, want, 1e-2, name, by_norms=True)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dtype, width, words", [("float32", 64, "bfloat16 or float16"), ("bfloat16", 192, "128")]
+)
+def test_what_it_cannot_serve_it_refuses_with_the_reason(dtype, width, words):
+    x = jnp.ones((1, 8, 2, width), dtype)
+    with pytest.raises(NotImplementedError, match=words):
+        Hopper().attention(x, x, x, Intervals(*[jnp.zeros((1, 8), jnp.int32)] * 4))
+
+
+def test_the_block_causal_clean_stream_needs_no_mask_inside_its_blocks():
+    """Blocks as long as a tile: every clean pair of tiles is full, nothing is masked."""
+    meta = pack(32, [Document(32, TILE)])
+    bounds = find(stack(meta), stack(meta), BLOCK)
+    plan = make_query_plan(bounds, 32, TILE, TILE)
+    assert (
+        routes(plan.columns, 1)[0].tolist() == [4, 3, 2, 1] and not np.asarray(plan.unclean).any()
+    )

@@ -100,14 +100,14 @@ class Decoder(nn.Module):
         """Mask and angles of the rows; compiles the layers' and the head's code."""
         shape = self.shape
         case = Case(length=shape.length, block=shape.block)
-        self.mask = create_block_mask(
+        build = torch.compile(create_block_mask) if compiled else create_block_mask
+        self.mask = build(
             lambda row, head, query, key: case.visible(query, key),
             None,
             None,
             2 * shape.length,
             2 * shape.length,
             device=device,
-            _compile=compiled,
         )
         half = shape.head_dim // 2
         frequency = shape.rope_theta ** (-torch.arange(half, device=device) / half)
@@ -116,6 +116,8 @@ class Decoder(nn.Module):
         self.cos, self.sin = angles.cos(), angles.sin()
         self.nll = weighted_nll
         if compiled:
+            # One program serves all layers; should one be compiled for each, that is no error.
+            torch._dynamo.config.recompile_limit = 2 * shape.layers
             self.nll = torch.compile(weighted_nll, dynamic=False, fullgraph=True)
             for layer in self.layers:
                 layer.compile(dynamic=False, fullgraph=True)
@@ -128,7 +130,12 @@ class Decoder(nn.Module):
         x = F.embedding(row, self.embed).to(torch.bfloat16)
         for layer in self.layers:
             if self.remat == "full":
-                x = checkpoint(layer, x, self.cos, self.sin, self.mask, use_reentrant=False)
+                # Nothing here is random: no generator's state is read and set again.
+                x = checkpoint(
+                    *(layer, x, self.cos, self.sin, self.mask),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 x = layer(x, self.cos, self.sin, self.mask)
         x = self.final_norm(x.flatten(0, 1)[rows])

@@ -32,12 +32,10 @@ from train_step_case import Contestant, Shape, contestant  # noqa: E402
 
 _DEFAULT = (
     "ours:dots:2",
-    "ours:full:2",
-    "ours:none:1",
     "peer:none:1",
     "peer:full:2",
     "peer:none:2",
-    "peer-bfloat16:none:2",
+    "ours:dots:1",
 )
 _RESULT = "RESULT "
 
@@ -164,7 +162,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=5, help="in a sample")
     parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=150, help="seconds for one contestant")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for one contestant")
     parser.add_argument("--profile", type=Path, help="a folder for traces of ours")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--out", type=Path, help="JSON")

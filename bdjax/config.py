@@ -30,7 +30,7 @@ from bdjax.sources import (
 from bdjax.step import Model
 from bdjax.tokenizer import ByteTokenizer, Tokenizer
 from bdjax.watchdog import WatchdogConfig
-from pallas_kernels import Blockwise, Cudnn, Dense, Mosaic
+from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Mosaic
 
 # Padding the vocabulary to a multiple of this keeps the head divisible over a tensor axis.
 _VOCAB_MULTIPLE = 8
@@ -250,6 +250,7 @@ _CLASSES = (
     Dense,
     Blockwise,
     Cudnn,
+    Hopper,
     Mosaic,
     Objective,
     objective.BlockSize,

@@ -128,7 +128,8 @@ def step_flops(
 
     again = {
         Remat.NONE: 0.0,
-        Remat.DOTS: 4.0 * pairs * per_pair,
+        # A kernel's results are kept; dense attention has none.
+        Remat.DOTS: 4.0 * pairs * per_pair if isinstance(c.attention, Dense) else 0.0,
         Remat.FULL: 2.0 * matrices * tokens * streams + 4.0 * pairs * per_pair,
     }[c.remat]
     if not isinstance(c.attention, Dense):

@@ -16,14 +16,14 @@ from bdjax.attention import Implementation, Prefix, attend
 from bdjax.cache import Cache, KeyValues
 from bdjax.parameters import Parameter, Role, Table
 from bdjax.sharding import reshard, spec
-from pallas_kernels import CleanMode, Intervals
+from pallas_kernels import KEPT, CleanMode, Intervals
 
 
 class Remat(Enum):
     """What the backward pass keeps of a layer."""
 
     NONE = "none"  # everything
-    DOTS = "dots"  # matrix products only
+    DOTS = "dots"  # matrix products and the attention kernel's results
     FULL = "full"  # the layer's input only
 
 
@@ -258,6 +258,16 @@ class Layer(nn.Module):
         return x, KeyValues(k, v)
 
 
+# Scores are products with batch dimensions: never kept.
+_POLICIES = {
+    Remat.DOTS: jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
+    Remat.FULL: None,
+}
+
+
 class Decoder(nn.Module):
     """The trunk: scanned layers and the final norm."""
 
@@ -281,9 +291,7 @@ class Decoder(nn.Module):
         c = self.config
         layer = Layer
         if c.remat is not Remat.NONE:
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = dots if c.remat is Remat.DOTS else None
-            layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+            layer = nn.remat(Layer, prevent_cse=False, policy=_POLICIES[c.remat])
         stack = nn.scan(
             layer,
             variable_axes={"params": 0},

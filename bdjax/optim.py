@@ -121,7 +121,7 @@ class Optimiser:
         after = (moved, OptimiserState(state.steps + 1, state.skipped, zero, inner))
         refused = {"skipped": state.skipped + 1, "skipped_in_a_row": state.skipped_in_a_row + 1}
         before = (params, state._replace(**refused))
-        ratios = self._update_ratios(jnp.where(finite, rate, 0.0), direction, params)
+        old = params
         params, state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
         metrics = {
             "grad_norm": norm,
@@ -129,19 +129,21 @@ class Optimiser:
             "skipped_steps": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
-        return params, state, metrics | ratios
+        return params, state, metrics | self._update_ratios(old, params)
 
-    def _update_ratios(self, rate, direction, params) -> dict[str, Float[Array, ""]]:
-        pairs = zip(self.roles, jax.tree.leaves(direction), jax.tree.leaves(params), strict=True)
+    def _update_ratios(self, old, new) -> dict[str, Float[Array, ""]]:
+        """From what moved: the direction, used a second time, would be written to memory and read
+        again (44 bytes a parameter instead of 40, compiled for an H100).
+        """
+        pairs = zip(self.roles, jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         sums: dict[Role, tuple] = {}
-        for role, d, p in pairs:
+        for role, a, b in pairs:
             moved, weight = sums.get(role, (0.0, 0.0))
-            sums[role] = (moved + jnp.sum(d * d), weight + jnp.sum(p * p))
+            sums[role] = (moved + jnp.sum((b - a) ** 2), weight + jnp.sum(a * a))
 
         def ratio(moved, weight):
-            some = (weight > 0) & (rate > 0)
-            # A refused direction may hold NaN: no rate, no ratio.
-            return jnp.where(some, rate * jnp.sqrt(moved / jnp.where(weight > 0, weight, 1.0)), 0.0)
+            some = weight > 0
+            return jnp.where(some, jnp.sqrt(moved / jnp.where(some, weight, 1.0)), 0.0)
 
         return {f"update_ratio/{role.value}": ratio(*pair) for role, pair in sums.items()}
 

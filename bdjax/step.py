@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from bdjax.cache import Cache, KeyValues
 from bdjax.layout import Places
 from bdjax.model import Decoder, DecoderConfig
-from bdjax.parameters import Table, initialise
+from bdjax.parameters import Role, Table, initialise
 from bdjax.sharding import per_shard
 from pallas_kernels import Intervals, Meta, intervals
 
@@ -33,6 +33,19 @@ class Model:
     def table(self) -> Table:
         """All parameters: one flat dict of the three parts, layers stacked under "layers"."""
         return self.embedding.table() | self.decoder.table() | self.readout.table()
+
+    def narrow(self, params):
+        """`params` with the layers' weights in the compute dtype, as the layers cast them.
+
+        Cast before the scan over layers, masters are read once a step and gradients are summed up
+        in the dtype that each layer's products round them to anyway.
+        """
+        kinds, dtype = self.decoder.layer_table(), self.decoder.dtype
+        layers = {
+            name: x if kinds[name].role is Role.NORM else x.astype(dtype)
+            for name, x in params["layers"].items()
+        }
+        return params | {"layers": layers}
 
     def init(self, key):
         """Float32 parameters, born sharded on the mesh in force."""

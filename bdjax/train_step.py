@@ -91,7 +91,7 @@ def gradients(
     """
 
     def loss_of(params, row, dropout):
-        parts = watched_losses(model, params, row, dropout)
+        parts = watched_losses(model, model.narrow(params), row, dropout)
         return total(objective, parts, step), parts
 
     slope = jax.value_and_grad(loss_of, has_aux=True)

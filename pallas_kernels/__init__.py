@@ -12,11 +12,13 @@ from pallas_kernels.cudnn import Cudnn
 from pallas_kernels.dense import Dense
 from pallas_kernels.hopper import Hopper
 from pallas_kernels.intervals import Intervals, intervals
+from pallas_kernels.kept import KEPT
 from pallas_kernels.mask import CleanMode, Meta, dense_mask, visible
 from pallas_kernels.merge import merge
 from pallas_kernels.mosaic import Mosaic
 
 __all__ = [
+    "KEPT",
     "Blockwise",
     "CleanMode",
     "Cudnn",

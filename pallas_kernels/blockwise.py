@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
+from pallas_kernels.kept import kept
 from pallas_kernels.merge import EMPTY
 from pallas_kernels.quiet import nothing, quiet, quiet_cotangents, used_keys
 
@@ -241,7 +242,7 @@ def _attention(impl, q, k, v, intervals):
 
 
 def _attention_fwd(impl, q, k, v, intervals):
-    out, lse = _attention(impl, q, k, v, intervals)
+    out, lse = kept(_attention(impl, q, k, v, intervals))
     return (out, lse), (q, k, v, intervals, out, lse)
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.blockwise import Blockwise
 from pallas_kernels.dense import Dense
 from pallas_kernels.intervals import Intervals
+from pallas_kernels.kept import kept
 from pallas_kernels.quiet import nothing, quiet
 
 # Dense attention copies the layer of the cache that it reads: only short caches are read so.
@@ -184,7 +185,7 @@ def _chunked(impl: Cudnn, q, k, v, bounds: Intervals):
 
 
 def _chunked_fwd(impl, q, k, v, bounds):
-    return _chunked(impl, q, k, v, bounds), (q, k, v, bounds)
+    return kept(_chunked(impl, q, k, v, bounds)), (q, k, v, bounds)
 
 
 def _chunked_bwd(impl, residuals, d_out):

@@ -13,6 +13,7 @@ from pallas_kernels.hopper_backward import backward_keys, backward_queries
 from pallas_kernels.hopper_forward import LOG2E, ROWS, Sizes, forward
 from pallas_kernels.hopper_tiles import key_plan, query_plan
 from pallas_kernels.intervals import Intervals
+from pallas_kernels.kept import kept
 from pallas_kernels.quiet import nothing
 
 # Queries, and keys in the pass for dK and dV, of a thread block: two warpgroups of 64.
@@ -103,7 +104,7 @@ def _attention_fwd(impl, q, k, v, bounds):
     out, lse = forward(
         sizes, plan, _tiled(q, _TILE), k_tiles, _tiled(v, _TILE), jnp.stack(padded, axis=1)
     )
-    out, lse = out[:, :queries, :, :width], lse[:, :, :queries]
+    out, lse = kept((out[:, :queries, :, :width], lse[:, :, :queries]))
     return (out, lse.swapaxes(1, 2)), (q, k, v, bounds, plan, out, lse)
 
 

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
+from pallas_kernels.kept import kept
 from pallas_kernels.quiet import nothing, quiet, quiet_cotangents
 from pallas_kernels.tile_sizes import tile_sizes
 from pallas_kernels.tiles import tile_list, tile_map
@@ -177,7 +178,7 @@ def _attention(impl: Mosaic, q, k, v, bounds: Intervals):
 
 
 def _attention_fwd(impl, q, k, v, bounds):
-    out, lse = _attention(impl, q, k, v, bounds)
+    out, lse = kept(_attention(impl, q, k, v, bounds))
     return (out, lse), (q, k, v, bounds, out, lse)
 
 

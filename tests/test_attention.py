@@ -20,7 +20,7 @@ from attention_cases import (
 
 from bdjax import sharding
 from bdjax.attention import Prefix, attend, candidates, first_that_serves, prefix_candidates
-from pallas_kernels import Blockwise, Cudnn, Dense, Meta, Mosaic
+from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Meta, Mosaic
 from pallas_kernels.merge import EMPTY
 
 
@@ -92,11 +92,13 @@ def test_tiles_must_be_positive():
 
 def test_the_choice_goes_by_chip_and_number_of_pairs():
     """Each list ends with something that serves any shape and holds no T x S of a long row."""
-    tpu, gpu = "TPU v5 lite", "NVIDIA H100 80GB HBM3"
+    tpu, gpu, older = "TPU v5 lite", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
     assert candidates("cpu", 64, 64, 64) == (Dense(),)
     assert candidates("cpu", 8192, 8192, 64) == (Blockwise(),)
     assert candidates(tpu, 8192, 8192, 128) == (Mosaic.tuned(tpu, 128), Blockwise())
-    assert candidates(gpu, 8192, 8192, 128) == (Cudnn(), Blockwise())
+    assert candidates(gpu, 8192, 8192, 128) == (Hopper(), Cudnn(), Blockwise())
+    assert candidates("NVIDIA H200", 256, 256, 64) == (Hopper(), Cudnn(), Dense())
+    assert candidates(older, 8192, 8192, 128) == (Cudnn(), Blockwise())
     assert candidates(tpu, 64, 64, 128) == candidates(gpu, 64, 64, 128) == (Dense(),)
     assert prefix_candidates(gpu, 512, 64) == prefix_candidates(tpu, 512, 64) == (Dense(),)
     assert prefix_candidates(tpu, 4096, 64) == (Mosaic.tuned(tpu, 64), Blockwise())

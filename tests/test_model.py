@@ -15,6 +15,7 @@ from bdjax.parameters import Role, count, map_table
 from bdjax.readout import TokenReadout
 from bdjax.sharding import make_mesh
 from bdjax.step import Model, block_step
+from pallas_kernels import KEPT, Blockwise, Cudnn
 
 LENGTH, VOCABULARY = 12, 24
 LLAMA = DecoderConfig(
@@ -148,6 +149,31 @@ def test_remat_changes_no_gradient(remat):
     kept, again = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat))
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def named_again(jaxpr, inside: bool = False) -> int:
+    """How many of a forward kernel's results the rematerialised part of a gradient computes."""
+    found = 0
+    for equation in jaxpr.eqns:
+        again = inside or equation.primitive.name in ("remat2", "checkpoint")
+        found += again and equation.primitive.name == "name" and equation.params["name"] == KEPT
+        for body in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            body = getattr(body, "jaxpr", body)
+            found += named_again(body, again) if hasattr(body, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize("attention", [Blockwise(), Cudnn(query_chunk=4, backend="xla")])
+def test_with_products_kept_no_forward_kernel_runs_again(attention):
+    def again(remat):
+        model = build(dataclasses.replace(LLAMA, remat=remat, attention=attention))
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+        gradient = jax.grad(lambda p: (hidden_of(model, p) ** 3).sum())
+        return named_again(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    assert again(Remat.FULL) > again(Remat.DOTS) == 0
 
 
 def test_bfloat16_computes_narrow_from_wide_masters():

@@ -1,5 +1,6 @@
-"""The tools of the attention kernels: what they count, and what they refuse to time."""
+"""The benchmarks: what they count, and what they refuse to time."""
 
+import gzip
 import json
 import sys
 from functools import partial
@@ -14,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import attention_race as race
 import bench_attention as bench
+import bench_train_step
+import kernel_profile
+import train_step_ours
+from train_step_case import Shape, contestant
 
 from bdjax.layout import clean_places, join_places, noisy_places
 from pallas_kernels import CleanMode, dense_mask
@@ -118,3 +123,62 @@ def test_the_window_counts_one_layer_of_keys_and_values(tmp_path):
     moved = 2 * 2 * 1 * 64 * 16 * 2  # keys and values, rows, heads, slots, width, bytes
     assert timed["gigabytes_per_second"] == pytest.approx(moved / timed["seconds"] / 1e9)
     assert by_name["copy"]["status"] == "ok"
+
+
+TINY_STEP = Shape(
+    layers=1, width=16, heads=2, kv_heads=1, head_dim=8, mlp=24, vocab=64, length=16, block=4
+)
+
+
+def test_the_train_step_is_timed_and_its_flops_are_of_what_is_visible():
+    who = contestant("ours:dots:2")
+    found = train_step_ours.measure(who, TINY_STEP, steps=1, samples=2)
+    assert np.isfinite(found["first_loss"]) and len(found["samples"]) == 2
+    assert found["dtypes"] == {"parameters": "float32", "moments": "float32", "compute": "bfloat16"}
+    rated = bench_train_step.rates(found, who, TINY_STEP)
+    assert rated["clean_tokens_per_second"] == pytest.approx(2 * 16 / found["seconds"])
+    pairs = 2 * (16 * 17 // 2 + 4 * 4 * (0 + 1 + 2 + 3) + 4 * 4 * 4)
+    assert rated["model_flops"]["attention"] == 12 * pairs * 2 * 8
+    entries = [{"name": str(who)} | rated, {"name": "peer:none:1", "error": "over 1 s"}]
+    assert "| peer:none:1 | over 1 s |" in bench_train_step.table(entries)
+
+
+@pytest.mark.parametrize("text", ["ours", "ours:some:2", "ours-bfloat16:full:1", "peer:dots:1"])
+def test_who_is_no_contestant_is_told_what_is(text):
+    with pytest.raises(ValueError, match="peer-bfloat16:none"):
+        contestant(text)
+
+
+def test_kernels_of_a_trace_are_summed_by_scope_and_by_name(tmp_path):
+    """Two steps; a graph's kernels carry no instruction, but are called as one."""
+    program = """
+%inside (p: f32[]) -> f32[] {
+  %d = f32[8,8]{1,0} dot(%a, %b)
+}
+ENTRY %main (p: f32[]) -> f32[] {
+  %fusion.1 = f32[8]{0} fusion(%x), calls=%inside, metadata={op_name="jit(f)/layers/mlp/dot"}
+  %add.7 = f32[8]{0} fusion(%x), metadata={op_name="jit(f)/transpose(jvp())/checkpoint/\
+rematted_computation/layers/attention/add"}
+}
+"""
+    device, host = {"pid": 1, "tid": 2}, {"pid": 9, "tid": 2}
+    names = [
+        device | {"ph": "M", "name": "process_name", "args": {"name": "/device:GPU:0"}},
+        device | {"ph": "M", "name": "thread_name", "args": {"name": "Stream #20(Compute)"}},
+        host | {"ph": "M", "name": "process_name", "args": {"name": "/host:CPU"}},
+        host | {"ph": "M", "name": "thread_name", "args": {"name": "Stream #1"}},
+    ]
+    known = {"args": {"hlo_op": "fusion.1"}}
+    kernels = [
+        device | known | {"ph": "X", "name": "nvjet", "ts": 0, "dur": 6000},
+        device | {"ph": "X", "name": "add_7", "ts": 8000, "dur": 2000},
+        device | {"ph": "X", "name": "MemcpyD2D", "ts": 9000, "dur": 1000},
+        host | {"ph": "X", "name": "waits", "ts": 0, "dur": 99000},
+    ]
+    with gzip.open(tmp_path / "host.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": names + kernels}, file)
+    lines = kernel_profile.profile_table(tmp_path, program, steps=2).splitlines()
+    assert lines[0] == "5.000 ms a step, 20.0% of it without a kernel"
+    groups = [line.split("x  ")[1] for line in lines[2:5]]
+    assert groups == ["mlp forward product", "attention again rest", "other copy"]
+    assert "3.000 ms  60.0%" in lines[2] and "nvjet" in lines[6]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from bdjax.loss import row_losses, total
+from bdjax.model import Remat
 from bdjax.noise import Absorbing
-from bdjax.objective import BlockSize, Objective
+from bdjax.objective import BlockSize, Objective, training_row
 from bdjax.optim import OptimConfig, make_optimiser
 from bdjax.sharding import make_mesh, reshard
 from bdjax.train_step import FiniteWatch, NonFiniteError, TrainState, initial_state, train_step
@@ -78,6 +80,25 @@ def test_two_gpus_change_nothing(axis, whole):
     assert_same(run(CONFIG, mesh={axis: 2}), whole)
     again, once_more = (run(CONFIG, mesh={axis: 2}) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, again, once_more)
+
+
+def test_weights_cast_once_give_the_bits_of_weights_cast_in_every_layer():
+    decoder = replace(PLAIN.decoder, dtype="bfloat16", remat=Remat.FULL, qkv_bias=True)
+    model = replace(PLAIN, decoder=decoder)
+    params = initial_state(0, model, make_optimiser(CONFIG, model.table(), 10)).params
+    row = training_row(OBJECTIVE, BATCH, 0, ROOT)
+
+    def gradient(narrow):
+        def loss(params):
+            parts = row_losses(model, model.narrow(params) if narrow else params, row)
+            return total(OBJECTIVE, parts)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    once, often = gradient(True), gradient(False)
+    assert {x.dtype for x in jax.tree.leaves(once)} == {jnp.dtype("float32")}
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(often), strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_the_same_seed_gives_the_same_bits(whole):

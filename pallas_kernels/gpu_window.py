@@ -1,0 +1,485 @@
+"""Attention of a short window over one layer of a stacked cache on a Hopper GPU (Pallas, Mosaic).
+
+Reading the cache is what a window costs. The query heads of a KV head stand side by side as rows of
+one product, so each key is read once, and the keys that a row of the batch sees are cut into
+chunks, so that few rows fill the chip too. A chunk's own warpgroup keeps `stages` tiles of keys and
+values in flight by TMA; others compute (Dao 2023, "Flash-Decoding"). Chunks leave normalised
+outputs and log-sum-exps, merged by XLA.
+
+A chunk is data: a row of a table made from the intervals, so short rows take few chunks and a chunk
+reads only tiles that some query sees. Its tiles that all queries see in whole come first, without a
+mask; in the others, values that nobody sees become zeros in shared memory, since a weight of zero
+does not silence a NaN.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.intervals import Intervals
+from pallas_kernels.merge import EMPTY
+
+_QUERIES = 256
+_LOG2E = math.log2(math.e)
+_LAST = jnp.iinfo(jnp.int32).max
+
+# Of a thread block, less what barriers and reductions take.
+_SHARED_BYTES = 232448 - 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSizes:
+    """key_tile: slots a copy. stages: copies of keys, and of values, in flight; None: what fits.
+
+    rows: of one warpgroup, 64 or 128. warpgroups: that compute, at most. blocks: thread blocks that
+    fill the chip once (an H100 has 132 multiprocessors).
+    """
+
+    key_tile: int = 64
+    stages: int | None = None
+    rows: int = 64
+    warpgroups: int = 2
+    blocks: int = 132
+
+    def __post_init__(self):
+        if self.key_tile < 64 or self.key_tile % 64:
+            raise ValueError(f"key_tile={self.key_tile} must be a multiple of 64; type key_tile=64")
+        if self.rows not in (64, 128):
+            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=64")
+
+
+class Chunks(NamedTuple):
+    """What each thread block does; fields are (C,) but for those of a row of the batch, (B,).
+
+    row: of the batch. begin, count: its key tiles. full, full_count: those among them that all
+    queries see in whole. some_low, some_high: keys of the longest clean interval of the row, which
+    therefore are seen. start, chunks: (B,) the first chunk of a row and how many it has.
+    """
+
+    row: Int[Array, "C"]
+    begin: Int[Array, "C"]
+    count: Int[Array, "C"]
+    full: Int[Array, "C"]
+    full_count: Int[Array, "C"]
+    some_low: Int[Array, "C"]
+    some_high: Int[Array, "C"]
+    start: Int[Array, "B"]
+    chunks: Int[Array, "B"]
+
+
+def chunk_counts(batch: int, per_chunk: int, key_tiles: int, blocks: int) -> tuple[int, int]:
+    """How many chunks there are in all, and at most a row, where a chunk takes `per_chunk` blocks.
+
+    As few as leave less than a tenth of the chip idle in its last wave where rows are equally long.
+    """
+
+    def idle(wave: int) -> float:
+        share = blocks * wave // per_chunk // batch
+        used = batch * share * per_chunk
+        return 1 - used / (blocks * -(-used // blocks)) if share else 1.0
+
+    first = max(1, -(-batch * per_chunk // blocks))
+    waves = range(first, first + 4)
+    wave = next((w for w in waves if idle(w) < 0.1), min(waves, key=idle))
+    total = min(max(batch, blocks * wave // per_chunk), batch * key_tiles)
+    return total, min(total - batch + 1, 4 * -(-total // batch), key_tiles)
+
+
+def cut(bounds: Intervals, key_tile: int, total: int, most: int, key_tiles: int) -> Chunks:
+    """Chunks of the convex cover of each row's intervals, as equal as `total` of them allow."""
+    batch = bounds.a0.shape[0]
+    low = jnp.concatenate([bounds.a0, bounds.b0], axis=1)
+    high = jnp.concatenate([bounds.a1, bounds.b1], axis=1)
+    some = high > low
+    high = jnp.where(some, high, 0).max(axis=1)
+    low = jnp.minimum(jnp.where(some, low, _LAST).min(axis=1), high)
+    first, past = low // key_tile, -(-high // key_tile)
+    full = -(-bounds.a0.max(axis=1) // key_tile)
+    full_past = bounds.a1.min(axis=1) // key_tile
+    widest = jnp.argmax(bounds.a1 - bounds.a0, axis=1)[:, None]
+    some_low, some_high = (
+        jnp.take_along_axis(x, widest, axis=1)[:, 0] for x in (bounds.a0, bounds.a1)
+    )
+    tiles = past - first
+    size = jnp.maximum(-(-tiles.max() // most), 1)
+    if total > most:
+        sizes = jnp.arange(1, key_tiles + 1)
+        needed = (-(-tiles // sizes[:, None])).sum(axis=1)
+        size = jnp.maximum(size, 1 + (needed > total).sum())
+    chunks = -(-tiles // size)
+    ends = jnp.cumsum(chunks)
+    chunk = jnp.arange(total)
+    row = jnp.minimum((chunk[:, None] >= ends).sum(axis=1), batch - 1)
+    begin = first[row] + (chunk - (ends - chunks)[row]) * size
+    end = jnp.clip(begin + size, begin, jnp.maximum(past[row], begin))
+    full_begin = jnp.clip(full[row], begin, end)
+    return Chunks(
+        row,
+        begin,
+        end - begin,
+        full_begin,
+        jnp.clip(full_past[row], full_begin, end) - full_begin,
+        some_low[row],
+        some_high[row],
+        ends - chunks,
+        chunks,
+    )
+
+
+def window_attention(
+    q: Float[Array, "B T N H"],
+    cache_k: Float[Array, "L B K S H"],
+    cache_v: Float[Array, "L B K S H"],
+    layer: Int[Array, ""],
+    intervals: Intervals,
+    *,
+    sizes: WindowSizes | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """`Dense.prefix_attention` for a window of up to 256 queries, forward only.
+
+    No layer of the cache is ever copied. Raises NotImplementedError for more queries, other types
+    than bfloat16 and float16 or two of them, other head_dims than 64, 128 and 256, and a number of
+    slots that is no multiple of eight.
+    """
+    batch, length, heads, width = q.shape
+    layers, _, kv_heads, slots, _ = cache_k.shape
+    _refuse(q, cache_k, cache_v)
+    if 0 in q.shape or slots == 0:
+        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
+    group = heads // kv_heads
+    sizes = sizes or WindowSizes()
+    plan = _Plan.of(sizes, group * length, width, q.dtype.itemsize)
+    # Rows are (query, head of the group), padded to whole tiles with queries that see nothing.
+    folded = q.reshape(batch, length, kv_heads, group * width).swapaxes(1, 2)
+    folded = _pad(folded.reshape(batch, kv_heads, length * group, width), 2, plan.block)
+    bounds = _pad(jnp.repeat(jnp.stack(intervals, axis=1), group, axis=2), 2, plan.block)
+    key_tiles = -(-slots // plan.key_tile)
+    total, most = chunk_counts(
+        batch, kv_heads * (folded.shape[2] // plan.block), key_tiles, sizes.blocks
+    )
+    chunks = cut(intervals, plan.key_tile, total, most, key_tiles)
+    head = (layer.astype(jnp.int32) * batch + chunks.row) * kv_heads
+    table = jnp.stack([head, *chunks[:7]], axis=1).astype(jnp.int32)
+    flat = (layers * batch * kv_heads, slots, width)
+    parts, logs = _call(
+        plan, length * group, group, table, bounds.astype(jnp.int32), folded,
+        cache_k.reshape(flat), cache_v.reshape(flat),
+    )  # fmt: skip
+    out, lse = _merged(parts, logs, chunks, most)
+    out, lse = out[:, :, : length * group].astype(q.dtype), lse[:, :, : length * group]
+
+    def unfold(x):
+        x = x.reshape(batch, kv_heads, length, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(batch, length, heads, *x.shape[4:])
+
+    return unfold(out), unfold(lse)
+
+
+def _refuse(q, cache_k, cache_v) -> None:
+    length, width, slots = q.shape[1], q.shape[3], cache_k.shape[3]
+    reason = None
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or {cache_k.dtype, cache_v.dtype} != {q.dtype}:
+        reason = (
+            "takes queries and cache of one type, bfloat16 or float16, not "
+            f"{q.dtype}, {cache_k.dtype} and {cache_v.dtype}"
+        )
+    elif width not in (64, 128, 256):
+        reason = f"serves head_dim 64, 128 and 256, not {width}"
+    elif length > _QUERIES:
+        reason = f"holds all queries at once: up to {_QUERIES}, not {length}"
+    elif slots % 8:
+        reason = f"copies slots in eights, not {slots}; give a cache slots in eights"
+    if reason:
+        raise NotImplementedError(f"the GPU window kernel {reason}; use Blockwise(key_tile=4096)")
+
+
+def _pad(x: Array, axis: int, multiple: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
+
+
+def _merged(parts, logs, chunks: Chunks, most: int):
+    """Outputs (B, K, R, H) and log-sum-exps (B, K, R) of all chunks of a row, in their order."""
+    batch = chunks.start.shape[0]
+    total = parts.shape[0]
+    if total == batch == 1:
+        return parts, logs
+    parts, logs = parts[None], logs[None]
+    if batch > 1:
+        nth = jnp.arange(most)
+        at = jnp.minimum(chunks.start[:, None] + nth, total - 1)
+        there = (nth < chunks.chunks[:, None])[:, :, None, None]
+        parts, logs = parts[0][at], jnp.where(there, logs[0][at], EMPTY)
+        # A chunk of another row may hold a NaN.
+        parts = jnp.where(there[..., None], parts, 0)
+    top = logs.max(axis=1, keepdims=True)
+    weights = jnp.exp(logs - top)
+    sums = weights.sum(axis=1)
+    out = (parts * (weights / sums[:, None])[..., None]).sum(axis=1)
+    top = top[:, 0]
+    return out, jnp.where(top > EMPTY / 2, top + jnp.log(sums), EMPTY)
+
+
+class _Plan(NamedTuple):
+    """Static sizes of one kernel: warpgroups that compute, rows of each, key tile and stages."""
+
+    warpgroups: int
+    rows: int
+    key_tile: int
+    stages: int
+
+    @property
+    def block(self) -> int:
+        """Rows of a thread block."""
+        return self.warpgroups * self.rows
+
+    @classmethod
+    def of(cls, sizes: WindowSizes, rows: int, width: int, itemsize: int) -> "_Plan":
+        """For `rows` queries and heads of a KV head: no more warpgroups than they fill."""
+        own = sizes.rows if rows > 64 * sizes.warpgroups else 64
+        warpgroups = min(sizes.warpgroups, -(-rows // own))
+        left = _SHARED_BYTES - warpgroups * own * width * itemsize
+        fit = left // (2 * sizes.key_tile * width * itemsize)
+        if fit < 2:
+            raise NotImplementedError(
+                f"two stages of {sizes.key_tile} keys of {width} exceed shared memory beside "
+                f"{warpgroups * own} rows of queries; use a smaller key_tile or fewer rows"
+            )
+        return cls(warpgroups, own, sizes.key_tile, min(sizes.stages or fit, fit))
+
+
+def _call(plan: _Plan, rows: int, group: int, table, bounds, q, cache_k, cache_v):
+    """Per chunk: outputs (C, K, R, H) and log-sum-exps (C, K, R) in float32."""
+    _, kv_heads, padded, width = q.shape
+    total = table.shape[0]
+
+    def shared(*shape):
+        columns = min(width, 64)
+        tiling = plgpu.TilingTransform((8, columns))
+        swizzle = plgpu.SwizzleTransform(columns * q.dtype.itemsize)
+        return plgpu.SMEM(shape, q.dtype, transforms=(tiling, swizzle))
+
+    def entry(*refs):
+        pl.run_scoped(
+            partial(_kernel, plan, rows, group, *refs),
+            shared(plan.warpgroups, plan.rows, width),
+            shared(plan.stages, plan.key_tile, width),
+            shared(plan.stages, plan.key_tile, width),
+            plgpu.SMEM((plan.warpgroups, 4, plan.rows), jnp.int32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=plan.warpgroups),
+            (plgpu.Barrier(num_barriers=plan.stages),) * 2,
+            (plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),) * 2,
+            plgpu.Barrier(num_arrivals=plan.warpgroups),
+            collective_axes="warpgroup",
+        )
+
+    return plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct((total, kv_heads, padded, width), jnp.float32),
+            jax.ShapeDtypeStruct((total, kv_heads, padded), jnp.float32),
+        ],
+        grid=(total, kv_heads, padded // plan.block),
+        grid_names=("chunk", "kv_head", "row_tile"),
+        num_threads=plan.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(table, bounds, q, cache_k, cache_v)
+
+
+class _Chunk(NamedTuple):
+    """A row of the table, as scalars."""
+
+    head: Int[Array, ""]
+    row: Int[Array, ""]
+    begin: Int[Array, ""]
+    count: Int[Array, ""]
+    full: Int[Array, ""]
+    full_count: Int[Array, ""]
+    some_low: Int[Array, ""]
+    some_high: Int[Array, ""]
+
+    def tile(self, step):
+        """Full tiles first, then those before and behind them."""
+        other = self.begin + step - self.full_count
+        other = other + jnp.where(other >= self.full, self.full_count, 0)
+        return jnp.where(step < self.full_count, self.full + step, other)
+
+
+def _kernel(
+    plan, rows, group, table, bounds, q, cache_k, cache_v, out, lse,
+    q_own, k_tiles, v_tiles, own_bounds, own_ready, ready, used, zeroed,
+):  # fmt: skip
+    """One chunk of one KV head under one tile of rows."""
+    at, head = lax.axis_index("chunk"), lax.axis_index("kv_head")
+    warpgroup = lax.axis_index("warpgroup")
+    chunk = _Chunk(*(table[at, field] for field in range(len(_Chunk._fields))))
+
+    @pl.when(warpgroup == plan.warpgroups)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        _copy(plan, chunk, chunk.head + head, (cache_k, cache_v), (k_tiles, v_tiles), ready, used)
+
+    @pl.when(warpgroup < plan.warpgroups)
+    def _():
+        plgpu.set_max_registers(_REGISTERS[plan.warpgroups], action="increase")
+        first = lax.axis_index("row_tile") * plan.block + warpgroup * plan.rows
+        own = (head, pl.ds(first, plan.rows))
+        there = own_ready.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[chunk.row, *own], q_own.at[warpgroup], there)
+        plgpu.copy_gmem_to_smem(
+            bounds.at[chunk.row, :, pl.ds(first, plan.rows)], own_bounds.at[warpgroup], there
+        )
+        plgpu.barrier_wait(there)
+        seen = _Seen(chunk, bounds.at[chunk.row], own_bounds.at[warpgroup], rows, group)
+        total, top, sums = _attend(
+            plan, chunk, seen, q_own.at[warpgroup], k_tiles, v_tiles, ready, used, zeroed
+        )
+        none = sums == 0
+        safe = jnp.where(none, 1.0, sums)
+        out[at, *own] = total * lax.broadcast_in_dim(1 / safe, total.shape, [0])
+        lse[at, *own] = jnp.where(none, EMPTY, top / _LOG2E + jnp.log(safe))
+
+
+# Of a thread: with 40 for the warpgroup that copies, what 64 K a multiprocessor leave, in eights.
+_REGISTERS = {1: 240, 2: 232, 3: 152, 4: 112}
+
+
+def _copy(plan: _Plan, chunk: _Chunk, head, caches, tiles, ready, used) -> None:
+    """Keeps tiles of keys and values on their way; ends when all were used."""
+
+    def step(i, wait: bool, issue: bool):
+        stage = lax.rem(i, plan.stages)
+        at = (head, pl.ds(chunk.tile(i) * plan.key_tile, plan.key_tile))
+        for cache, tile, there, free in zip(caches, tiles, ready, used, strict=True):
+            if wait:
+                plgpu.barrier_wait(free.at[stage])
+            if issue:
+                plgpu.copy_gmem_to_smem(cache.at[at], tile.at[stage], there.at[stage])
+
+    def loop(low, high, **what):
+        lax.fori_loop(low, high, lambda i, _: step(i, **what), None)
+
+    some = jnp.minimum(chunk.count, plan.stages)
+    loop(0, some, wait=False, issue=True)
+    loop(some, chunk.count, wait=True, issue=True)
+    loop(chunk.count, chunk.count + some, wait=True, issue=False)
+
+
+class _Seen(NamedTuple):
+    """Which keys the rows of a warpgroup see: bounds (4, R) of all, own (4, rows)."""
+
+    chunk: _Chunk
+    bounds: object
+    own: object
+    rows: int
+    group: int
+
+    def scores(self, scores, begin):
+        """Scores under the mask: what is not seen is far below the running maximum of no keys."""
+        key = begin + plgpu.broadcasted_iota(
+            jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
+        )
+
+        def bound(field):
+            ends = plgpu.layout_cast(self.own[field], plgpu.Layout.WGMMA.reduce(1))
+            return lax.broadcast_in_dim(ends, scores.shape, [0])
+
+        clean = (key >= bound(0)) & (key < bound(1))
+        noisy = (key >= bound(2)) & (key < bound(3))
+        return jnp.where(clean | noisy, scores, _UNSEEN)
+
+    def some_unseen(self, begin, size):
+        """Whether the tile may hold keys that nobody sees."""
+        return (begin < self.chunk.some_low) | (begin + size > self.chunk.some_high)
+
+    def silence(self, values, begin) -> None:
+        """Zeros, in a tile of values, what no query of any warpgroup sees."""
+        for part in range(0, values.shape[0], 64):
+            key = begin + part + plgpu.broadcasted_iota(
+                jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+            )
+
+            def look(i, seen, key=key):
+                a0, a1, b0, b1 = (self.bounds[field, i * self.group] for field in range(4))
+                now = ((key >= a0) & (key < a1)) | ((key >= b0) & (key < b1))
+                return jnp.maximum(seen, now.astype(jnp.int32))
+
+            seen = lax.fori_loop(0, self.rows // self.group, look, key * 0)
+            some = pl.ds(part, 64)
+            held = plgpu.layout_cast(values[some], plgpu.Layout.WGMMA)
+            seen = lax.broadcast_in_dim(seen, held.shape, [0])
+            values[some] = jnp.where(seen > 0, held, jnp.zeros_like(held))
+
+
+# Times a scale of at most 1 / 8, still a weight of zero beside the running maximum of no keys.
+_UNSEEN = 100 * EMPTY
+
+
+def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready, used, zeroed):
+    """Unnormalised output, running maximum (times log2 e) and sum of weights of a chunk's rows."""
+    width = q.shape[1]
+    scale = width**-0.5 * _LOG2E
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+
+    def step(i, carry, masked: bool):
+        total, top, sums = carry
+        stage = lax.rem(i, plan.stages)
+        begin = chunk.tile(i) * plan.key_tile
+        plgpu.barrier_wait(ready[0].at[stage])
+
+        def product(accumulator):
+            plgpu.wgmma(accumulator, q, k_tiles.at[stage].transpose((1, 0)))
+            return accumulator[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC((plan.rows, plan.key_tile), jnp.float32))
+        plgpu.barrier_arrive(used[0].at[stage])
+        if masked:
+            scores = seen.scores(scores, begin)
+        now = jnp.maximum(top, scores.max(axis=1) * scale)
+        shrink = jnp.exp2(top - now)
+        weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(now, scores.shape, [0]))
+        total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
+        sums = sums * shrink + weights.sum(axis=1)
+        weights = weights.astype(q.dtype)
+        plgpu.barrier_wait(ready[1].at[stage])
+        if masked:
+            @pl.when(seen.some_unseen(begin, plan.key_tile))
+            def _():
+                @pl.when(lax.axis_index("warpgroup") == 0)
+                def _():
+                    seen.silence(v_tiles.at[stage], begin)
+                    plgpu.commit_smem()
+
+                if plan.warpgroups > 1:
+                    plgpu.barrier_arrive(zeroed)
+                    plgpu.barrier_wait(zeroed)
+
+        def add(accumulator):
+            plgpu.wgmma(accumulator, weights, v_tiles.at[stage])
+
+        total = pl.run_state(add)(plgpu.ACC.init(total))
+        plgpu.barrier_arrive(used[1].at[stage])
+        return total, now, sums
+
+    def constant(x, shape, layout):
+        return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
+
+    carry = (
+        constant(0, (plan.rows, width), plgpu.Layout.WGMMA),
+        constant(EMPTY, (plan.rows,), by_row),
+        constant(0, (plan.rows,), by_row),
+    )
+    carry = lax.fori_loop(0, chunk.full_count, partial(step, masked=False), carry)
+    return lax.fori_loop(chunk.full_count, chunk.count, partial(step, masked=True), carry)

@@ -328,7 +328,7 @@ def _kernel(
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _copy(plan, chunk, chunk.head + head, (cache_k, cache_v), (k_tiles, v_tiles), ready, used)
 
     @pl.when(warpgroup < plan.warpgroups)
@@ -352,8 +352,8 @@ def _kernel(
         lse[at, *own] = jnp.where(none, EMPTY, top / _LOG2E + jnp.log(safe))
 
 
-# Of a thread: with 40 for the warpgroup that copies, what 64 K a multiprocessor leave, in eights.
-_REGISTERS = {1: 240, 2: 232, 3: 152, 4: 112}
+# Of a thread: with 24 for the warpgroup that copies, what 64 K a multiprocessor leave, in eights.
+_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 120}
 
 
 def _copy(plan: _Plan, chunk: _Chunk, head, caches, tiles, ready, used) -> None:
@@ -374,7 +374,7 @@ def _copy(plan: _Plan, chunk: _Chunk, head, caches, tiles, ready, used) -> None:
     some = jnp.minimum(chunk.count, plan.stages)
     loop(0, some, wait=False, issue=True)
     loop(some, chunk.count, wait=True, issue=True)
-    loop(chunk.count, chunk.count + some, wait=True, issue=False)
+    loop(chunk.count - some, chunk.count, wait=True, issue=False)
 
 
 class _Seen(NamedTuple):
@@ -427,6 +427,21 @@ class _Seen(NamedTuple):
 _UNSEEN = 100 * EMPTY
 
 
+def _silence(plan: _Plan, seen: _Seen, values, begin, zeroed) -> None:
+    """`_Seen.silence` where needed, by one warpgroup for all."""
+
+    @pl.when(seen.some_unseen(begin, plan.key_tile))
+    def _():
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _():
+            seen.silence(values, begin)
+            plgpu.commit_smem()
+
+        if plan.warpgroups > 1:
+            plgpu.barrier_arrive(zeroed)
+            plgpu.barrier_wait(zeroed)
+
+
 def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready, used, zeroed):
     """Unnormalised output, running maximum (times log2 e) and sum of weights of a chunk's rows."""
     width = q.shape[1]
@@ -437,6 +452,9 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
         total, top, sums = carry
         stage = lax.rem(i, plan.stages)
         begin = chunk.tile(i) * plan.key_tile
+        if masked:
+            plgpu.barrier_wait(ready[1].at[stage])
+            _silence(plan, seen, v_tiles.at[stage], begin, zeroed)
         plgpu.barrier_wait(ready[0].at[stage])
 
         def product(accumulator):
@@ -453,18 +471,8 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
         total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
         sums = sums * shrink + weights.sum(axis=1)
         weights = weights.astype(q.dtype)
-        plgpu.barrier_wait(ready[1].at[stage])
-        if masked:
-            @pl.when(seen.some_unseen(begin, plan.key_tile))
-            def _():
-                @pl.when(lax.axis_index("warpgroup") == 0)
-                def _():
-                    seen.silence(v_tiles.at[stage], begin)
-                    plgpu.commit_smem()
-
-                if plan.warpgroups > 1:
-                    plgpu.barrier_arrive(zeroed)
-                    plgpu.barrier_wait(zeroed)
+        if not masked:
+            plgpu.barrier_wait(ready[1].at[stage])
 
         def add(accumulator):
             plgpu.wgmma(accumulator, weights, v_tiles.at[stage])

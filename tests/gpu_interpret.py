@@ -83,6 +83,7 @@ def interpreted(detect_races: bool = True):
             (plgpu, "ACC", _Accumulator),
             (plgpu, "wgmma", _wgmma),
             (plgpu, "wgmma_wait", lambda allowed: None),
+            (plgpu, "wgmma_accumulator_load", lambda held, wait_n: held.value),
             (plgpu, "layout_cast", lambda x, layout: x),
             (plgpu, "load", lambda ref, index=(), **options: ref[...]),
             (plgpu, "transpose_ref", lambda ref, order: _Transposed(ref)),

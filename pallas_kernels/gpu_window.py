@@ -39,29 +39,32 @@ _SHARED_BYTES = 232448 - 4096
 class WindowSizes:
     """key_tile: slots a copy. stages: copies of keys, and of values, in flight; None: what fits.
 
-    rows: of one warpgroup, 64 or 128. warpgroups: that compute, at most. blocks: thread blocks that
-    fill the chip once (an H100 has 132 multiprocessors).
+    rows: of one warpgroup, 64 or 128; 64 where that is enough or head_dim is 256. warpgroups: that
+    compute, at most. blocks: thread blocks that fill the chip once (an H100 has 132
+    multiprocessors).
     """
 
     key_tile: int = 64
     stages: int | None = None
-    rows: int = 64
+    rows: int = 128
     warpgroups: int = 2
     blocks: int = 132
 
     def __post_init__(self):
         if self.key_tile < 64 or self.key_tile % 64:
             raise ValueError(f"key_tile={self.key_tile} must be a multiple of 64; type key_tile=64")
+        if not 1 <= self.warpgroups <= 4:
+            raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 4; type warpgroups=2")
         if self.rows not in (64, 128):
-            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=64")
+            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=128")
 
 
 class Chunks(NamedTuple):
     """What each thread block does; fields are (C,) but for those of a row of the batch, (B,).
 
-    row: of the batch. begin, count: its key tiles. full, full_count: those among them that all
-    queries see in whole. some_low, some_high: keys of the longest clean interval of the row, which
-    therefore are seen. start, chunks: (B,) the first chunk of a row and how many it has.
+    row: of the batch. begin, count: its key tiles. full, full_count: those among them that every
+    query with any key sees in whole. some_low, some_high: the longest clean interval of the row,
+    whose keys therefore are seen. start, chunks: the first chunk of a row and how many it has.
     """
 
     row: Int[Array, "C"]
@@ -102,8 +105,10 @@ def cut(bounds: Intervals, key_tile: int, total: int, most: int, key_tiles: int)
     high = jnp.where(some, high, 0).max(axis=1)
     low = jnp.minimum(jnp.where(some, low, _LAST).min(axis=1), high)
     first, past = low // key_tile, -(-high // key_tile)
-    full = -(-bounds.a0.max(axis=1) // key_tile)
-    full_past = bounds.a1.min(axis=1) // key_tile
+    # Queries that see nothing at all need no mask: they get their zeros in the end.
+    some = some[:, : some.shape[1] // 2] | some[:, some.shape[1] // 2 :]
+    full = -(-jnp.where(some, bounds.a0, 0).max(axis=1) // key_tile)
+    full_past = jnp.where(some, bounds.a1, _LAST).min(axis=1) // key_tile
     widest = jnp.argmax(bounds.a1 - bounds.a0, axis=1)[:, None]
     some_low, some_high = (
         jnp.take_along_axis(x, widest, axis=1)[:, 0] for x in (bounds.a0, bounds.a1)
@@ -245,7 +250,7 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, sizes: WindowSizes, rows: int, width: int, itemsize: int) -> "_Plan":
         """For `rows` queries and heads of a KV head: no more warpgroups than they fill."""
-        own = sizes.rows if rows > 64 * sizes.warpgroups else 64
+        own = sizes.rows if rows > 64 * sizes.warpgroups and width <= 128 else 64
         warpgroups = min(sizes.warpgroups, -(-rows // own))
         left = _SHARED_BYTES - warpgroups * own * width * itemsize
         fit = left // (2 * sizes.key_tile * width * itemsize)
@@ -263,10 +268,8 @@ def _call(plan: _Plan, rows: int, group: int, table, bounds, q, cache_k, cache_v
     total = table.shape[0]
 
     def shared(*shape):
-        columns = min(width, 64)
-        tiling = plgpu.TilingTransform((8, columns))
-        swizzle = plgpu.SwizzleTransform(columns * q.dtype.itemsize)
-        return plgpu.SMEM(shape, q.dtype, transforms=(tiling, swizzle))
+        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
 
     def entry(*refs):
         pl.run_scoped(
@@ -346,9 +349,11 @@ def _kernel(
         total, top, sums = _attend(
             plan, chunk, seen, q_own.at[warpgroup], k_tiles, v_tiles, ready, used, zeroed
         )
-        none = sums == 0
+        none = (sums == 0) | seen.nothing()
         safe = jnp.where(none, 1.0, sums)
-        out[at, *own] = total * lax.broadcast_in_dim(1 / safe, total.shape, [0])
+        share = total * lax.broadcast_in_dim(1 / safe, total.shape, [0])
+        empty = lax.broadcast_in_dim(none, total.shape, [0])
+        out[at, *own] = jnp.where(empty, jnp.zeros_like(share), share)
         lse[at, *own] = jnp.where(none, EMPTY, top / _LOG2E + jnp.log(safe))
 
 
@@ -386,15 +391,20 @@ class _Seen(NamedTuple):
     rows: int
     group: int
 
+    def ends(self, field):
+        """a0, a1, b0 or b1 of each row of the warpgroup."""
+        return plgpu.layout_cast(self.own[field], plgpu.Layout.WGMMA.reduce(1))
+
+    def nothing(self):
+        """Which rows see no key."""
+        return (self.ends(1) <= self.ends(0)) & (self.ends(3) <= self.ends(2))
+
     def scores(self, scores, begin):
         """Scores under the mask: what is not seen is far below the running maximum of no keys."""
-        key = begin + plgpu.broadcasted_iota(
-            jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
-        )
+        key = begin + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
 
         def bound(field):
-            ends = plgpu.layout_cast(self.own[field], plgpu.Layout.WGMMA.reduce(1))
-            return lax.broadcast_in_dim(ends, scores.shape, [0])
+            return lax.broadcast_in_dim(self.ends(field), scores.shape, [0])
 
         clean = (key >= bound(0)) & (key < bound(1))
         noisy = (key >= bound(2)) & (key < bound(3))
@@ -407,8 +417,10 @@ class _Seen(NamedTuple):
     def silence(self, values, begin) -> None:
         """Zeros, in a tile of values, what no query of any warpgroup sees."""
         for part in range(0, values.shape[0], 64):
-            key = begin + part + plgpu.broadcasted_iota(
-                jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+            key = (
+                begin
+                + part
+                + plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
             )
 
             def look(i, seen, key=key):

@@ -3,7 +3,8 @@ the tensor core's products put in its place.
 
 The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
 While a kernel is traced here, an accumulator is a plain value, a product is added to it at once, and
-layouts, which the interpreter does not model, are left out.
+layouts, which the interpreter does not model, are left out. A product reads shared memory where copies
+write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered so.
 """
 
 import contextlib
@@ -76,10 +77,16 @@ def _run_scoped(real):
 def interpreted(detect_races: bool = True):
     """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
     params = InterpretGPUParams(detect_races=detect_races)
-    kernel = plgpu.kernel
+    kernel, arrive = plgpu.kernel, plgpu.barrier_arrive
+
+    def ordered_arrive(barrier):
+        plgpu.commit_smem()
+        arrive(barrier)
+
     with contextlib.ExitStack() as stack:
         for module, name, new in (
             (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
+            (plgpu, "barrier_arrive", ordered_arrive),
             (plgpu, "ACC", _Accumulator),
             (plgpu, "wgmma", _wgmma),
             (plgpu, "wgmma_wait", lambda allowed: None),

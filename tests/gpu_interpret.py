@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state.types import TransformedRef
 
 
 class _Accumulator:
@@ -93,7 +94,7 @@ def interpreted(detect_races: bool = True):
             (plgpu, "wgmma_accumulator_load", lambda held, wait_n: held.value),
             (plgpu, "layout_cast", lambda x, layout: x),
             (plgpu, "load", lambda ref, index=(), **options: ref[...]),
-            (plgpu, "transpose_ref", lambda ref, order: _Transposed(ref)),
+            (TransformedRef, "transpose", lambda ref, order: _Transposed(ref)),
             (
                 plgpu,
                 "broadcasted_iota",

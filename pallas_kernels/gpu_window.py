@@ -31,6 +31,11 @@ _QUERIES = 256
 _LOG2E = math.log2(math.e)
 _LAST = jnp.iinfo(jnp.int32).max
 
+# Registers of a thread, by how many warpgroups compute: what a block starts with (240, 168 and 128
+# a thread) and the copying warpgroup gives up. Four would get 112, too few for their products.
+_REGISTERS = {1: 240, 2: 240, 3: 160}
+_COPY_REGISTERS = 24
+
 # Of a thread block, less what barriers and reductions take.
 _SHARED_BYTES = 232448 - 4096
 
@@ -53,8 +58,8 @@ class WindowSizes:
     def __post_init__(self):
         if self.key_tile < 64 or self.key_tile % 64:
             raise ValueError(f"key_tile={self.key_tile} must be a multiple of 64; type key_tile=64")
-        if not 1 <= self.warpgroups <= 4:
-            raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 4; type warpgroups=2")
+        if not 1 <= self.warpgroups <= len(_REGISTERS):
+            raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
         if self.rows not in (64, 128):
             raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=128")
 
@@ -331,7 +336,7 @@ def _kernel(
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
         _copy(plan, chunk, chunk.head + head, (cache_k, cache_v), (k_tiles, v_tiles), ready, used)
 
     @pl.when(warpgroup < plan.warpgroups)
@@ -355,10 +360,6 @@ def _kernel(
         empty = lax.broadcast_in_dim(none, total.shape, [0])
         out[at, *own] = jnp.where(empty, jnp.zeros_like(share), share)
         lse[at, *own] = jnp.where(none, EMPTY, top / _LOG2E + jnp.log(safe))
-
-
-# Of a thread: with 24 for the warpgroup that copies, what 64 K a multiprocessor leave, in eights.
-_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 120}
 
 
 def _copy(plan: _Plan, chunk: _Chunk, head, caches, tiles, ready, used) -> None:

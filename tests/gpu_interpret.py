@@ -4,7 +4,8 @@ the tensor core's products put in its place.
 The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
 While a kernel is traced here, an accumulator is a plain value, a product is added to it at once,
 and layouts, which the interpreter does not model, are left out. A product reads shared memory where
-copies write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered so.
+copies write it, not as ordinary loads do: before a warpgroup frees a buffer its reads are ordered
+so.
 """
 
 import contextlib

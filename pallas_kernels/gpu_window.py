@@ -24,12 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gpu_chunks import Chunks, chunk_counts, cut
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
 
 _QUERIES = 256
 _LOG2E = math.log2(math.e)
-_LAST = jnp.iinfo(jnp.int32).max
 
 # Registers of a thread, by how many warpgroups compute: what a block starts with (240, 168 and 128
 # a thread) and the copying warpgroup gives up. Four would get 112, too few for their products.
@@ -62,86 +62,6 @@ class WindowSizes:
             raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
         if self.rows not in (64, 128):
             raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=128")
-
-
-class Chunks(NamedTuple):
-    """What each thread block does; fields are (C,) but for those of a row of the batch, (B,).
-
-    row: of the batch. begin, count: its key tiles. full, full_count: those among them that every
-    query with any key sees in whole. some_low, some_high: the longest clean interval of the row,
-    whose keys therefore are seen. start, chunks: the first chunk of a row and how many it has.
-    """
-
-    row: Int[Array, "C"]
-    begin: Int[Array, "C"]
-    count: Int[Array, "C"]
-    full: Int[Array, "C"]
-    full_count: Int[Array, "C"]
-    some_low: Int[Array, "C"]
-    some_high: Int[Array, "C"]
-    start: Int[Array, "B"]
-    chunks: Int[Array, "B"]
-
-
-def chunk_counts(batch: int, per_chunk: int, key_tiles: int, blocks: int) -> tuple[int, int]:
-    """How many chunks there are in all, and at most a row, where a chunk takes `per_chunk` blocks.
-
-    As few as leave less than a tenth of the chip idle in its last wave where rows are equally long.
-    """
-
-    def idle(wave: int) -> float:
-        share = blocks * wave // per_chunk // batch
-        used = batch * share * per_chunk
-        return 1 - used / (blocks * -(-used // blocks)) if share else 1.0
-
-    first = max(1, -(-batch * per_chunk // blocks))
-    waves = range(first, first + 4)
-    wave = next((w for w in waves if idle(w) < 0.1), min(waves, key=idle))
-    total = min(max(batch, blocks * wave // per_chunk), batch * key_tiles)
-    return total, min(total - batch + 1, 4 * -(-total // batch), key_tiles)
-
-
-def cut(bounds: Intervals, key_tile: int, total: int, most: int, key_tiles: int) -> Chunks:
-    """Chunks of the convex cover of each row's intervals, as equal as `total` of them allow."""
-    batch = bounds.a0.shape[0]
-    low = jnp.concatenate([bounds.a0, bounds.b0], axis=1)
-    high = jnp.concatenate([bounds.a1, bounds.b1], axis=1)
-    some = high > low
-    high = jnp.where(some, high, 0).max(axis=1)
-    low = jnp.minimum(jnp.where(some, low, _LAST).min(axis=1), high)
-    first, past = low // key_tile, -(-high // key_tile)
-    # Queries that see nothing at all need no mask: they get their zeros in the end.
-    some = some[:, : some.shape[1] // 2] | some[:, some.shape[1] // 2 :]
-    full = -(-jnp.where(some, bounds.a0, 0).max(axis=1) // key_tile)
-    full_past = jnp.where(some, bounds.a1, _LAST).min(axis=1) // key_tile
-    widest = jnp.argmax(bounds.a1 - bounds.a0, axis=1)[:, None]
-    some_low, some_high = (
-        jnp.take_along_axis(x, widest, axis=1)[:, 0] for x in (bounds.a0, bounds.a1)
-    )
-    tiles = past - first
-    size = jnp.maximum(-(-tiles.max() // most), 1)
-    if total > most:
-        sizes = jnp.arange(1, key_tiles + 1)
-        needed = (-(-tiles // sizes[:, None])).sum(axis=1)
-        size = jnp.maximum(size, 1 + (needed > total).sum())
-    chunks = -(-tiles // size)
-    ends = jnp.cumsum(chunks)
-    chunk = jnp.arange(total)
-    row = jnp.minimum((chunk[:, None] >= ends).sum(axis=1), batch - 1)
-    begin = first[row] + (chunk - (ends - chunks)[row]) * size
-    end = jnp.clip(begin + size, begin, jnp.maximum(past[row], begin))
-    full_begin = jnp.clip(full[row], begin, end)
-    return Chunks(
-        row,
-        begin,
-        end - begin,
-        full_begin,
-        jnp.clip(full_past[row], full_begin, end) - full_begin,
-        some_low[row],
-        some_high[row],
-        ends - chunks,
-        chunks,
-    )
 
 
 def window_attention(
@@ -177,10 +97,10 @@ def window_attention(
     )
     chunks = cut(intervals, plan.key_tile, total, most, key_tiles)
     head = (layer.astype(jnp.int32) * batch + chunks.row) * kv_heads
-    table = jnp.stack([head, *chunks[:7]], axis=1).astype(jnp.int32)
+    table = jnp.stack([head, *chunks[:8]], axis=1).astype(jnp.int32)
     flat = (layers * batch * kv_heads, slots, width)
     parts, logs = _call(
-        plan, length * group, group, table, bounds.astype(jnp.int32), folded,
+        plan, group, table, bounds.astype(jnp.int32), folded,
         cache_k.reshape(flat), cache_v.reshape(flat),
     )  # fmt: skip
     out, lse = _merged(parts, logs, chunks, most)
@@ -267,7 +187,7 @@ class _Plan(NamedTuple):
         return cls(warpgroups, own, sizes.key_tile, min(sizes.stages or fit, fit))
 
 
-def _call(plan: _Plan, rows: int, group: int, table, bounds, q, cache_k, cache_v):
+def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
     """Per chunk: outputs (C, K, R, H) and log-sum-exps (C, K, R) in float32."""
     _, kv_heads, padded, width = q.shape
     total = table.shape[0]
@@ -278,7 +198,7 @@ def _call(plan: _Plan, rows: int, group: int, table, bounds, q, cache_k, cache_v
 
     def entry(*refs):
         pl.run_scoped(
-            partial(_kernel, plan, rows, group, *refs),
+            partial(_kernel, plan, group, *refs),
             shared(plan.warpgroups, plan.rows, width),
             shared(plan.stages, plan.key_tile, width),
             shared(plan.stages, plan.key_tile, width),
@@ -317,6 +237,7 @@ class _Chunk(NamedTuple):
     full_count: Int[Array, ""]
     some_low: Int[Array, ""]
     some_high: Int[Array, ""]
+    others: Int[Array, ""]
 
     def tile(self, step):
         """Full tiles first, then those before and behind them."""
@@ -326,7 +247,7 @@ class _Chunk(NamedTuple):
 
 
 def _kernel(
-    plan, rows, group, table, bounds, q, cache_k, cache_v, out, lse,
+    plan, group, table, bounds, q, cache_k, cache_v, out, lse,
     q_own, k_tiles, v_tiles, own_bounds, own_ready, ready, used, zeroed,
 ):  # fmt: skip
     """One chunk of one KV head under one tile of rows."""
@@ -350,7 +271,7 @@ def _kernel(
             bounds.at[chunk.row, :, pl.ds(first, plan.rows)], own_bounds.at[warpgroup], there
         )
         plgpu.barrier_wait(there)
-        seen = _Seen(chunk, bounds.at[chunk.row], own_bounds.at[warpgroup], rows, group)
+        seen = _Seen(chunk, bounds.at[chunk.row], own_bounds.at[warpgroup], group)
         total, top, sums = _attend(
             plan, chunk, seen, q_own.at[warpgroup], k_tiles, v_tiles, ready, used, zeroed
         )
@@ -389,7 +310,6 @@ class _Seen(NamedTuple):
     chunk: _Chunk
     bounds: object
     own: object
-    rows: int
     group: int
 
     def ends(self, field):
@@ -429,7 +349,8 @@ class _Seen(NamedTuple):
                 now = ((key >= a0) & (key < a1)) | ((key >= b0) & (key < b1))
                 return jnp.maximum(seen, now.astype(jnp.int32))
 
-            seen = lax.fori_loop(0, self.rows // self.group, look, key * 0)
+            seen = (key >= self.chunk.some_low) & (key < self.chunk.some_high)
+            seen = lax.fori_loop(0, self.chunk.others, look, seen.astype(jnp.int32))
             some = pl.ds(part, 64)
             held = plgpu.layout_cast(values[some], plgpu.Layout.WGMMA)
             seen = lax.broadcast_in_dim(seen, held.shape, [0])

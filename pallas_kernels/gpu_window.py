@@ -36,8 +36,8 @@ _LOG2E = math.log2(math.e)
 _REGISTERS = {1: 240, 2: 240, 3: 160}
 _COPY_REGISTERS = 24
 
-# Of a thread block, less what barriers and reductions take.
-_SHARED_BYTES = 232448 - 4096
+# Of a thread block, less what bounds, barriers and reductions take.
+_SHARED_BYTES = 232448 - 8192
 
 
 @dataclass(frozen=True, kw_only=True)

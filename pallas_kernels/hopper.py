@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.blockwise import Blockwise
+from pallas_kernels.gpu_window import window_attention
 from pallas_kernels.hopper_backward import backward_keys, backward_queries
 from pallas_kernels.hopper_forward import LOG2E, ROWS, Sizes, forward
 from pallas_kernels.hopper_tiles import key_plan, query_plan
@@ -61,8 +61,11 @@ class Hopper:
         layer: Int[Array, ""],
         intervals: Intervals,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-        """That of `Blockwise`."""
-        return Blockwise(key_tile=4096).prefix_attention(q, cache_k, cache_v, layer, intervals)
+        """`attention` over one layer of a stacked cache, forward only, for a short window.
+
+        Raises NotImplementedError for what `gpu_window.window_attention` does not serve.
+        """
+        return window_attention(q, cache_k, cache_v, layer, intervals)
 
 
 def _pad(x: Array, tile: int, axis: int) -> Array:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.gpu_chunks import Chunks, chunk_counts, cut
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.quiet import nothing
 
 _QUERIES = 256
 _LOG2E = math.log2(math.e)
@@ -81,9 +82,9 @@ def window_attention(
     """
     batch, length, heads, width = q.shape
     layers, _, kv_heads, slots, _ = cache_k.shape
-    _refuse(q, cache_k, cache_v)
     if 0 in q.shape or slots == 0:
-        return jnp.zeros_like(q), jnp.full(q.shape[:3], EMPTY, jnp.float32)
+        return nothing(q)
+    _refuse(q, cache_k, cache_v)
     group = heads // kv_heads
     sizes = sizes or WindowSizes()
     plan = _Plan.of(sizes, group * length, width, q.dtype.itemsize)

@@ -5,12 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_window import window_attention
 from pallas_kernels.hopper_backward import backward_keys, backward_queries
-from pallas_kernels.hopper_forward import LOG2E, ROWS, Sizes, forward
+from pallas_kernels.hopper_forward import ROWS, Sizes, forward
 from pallas_kernels.hopper_tiles import key_plan, query_plan
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
@@ -117,22 +116,17 @@ def _attention_bwd(impl, residuals, cotangents):
     if 0 in (*q.shape[:2], keys):
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
     d_out, d_lse = cotangents
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    # A sum that reads in one order and writes in another is slow: the two are kept apart.
-    delta = lax.optimization_barrier(delta).swapaxes(1, 2)
     _, by_queries, by_keys = _sizes(impl, width)
     padded = _padded(bounds)
-    arguments = (
-        _tiled(q, _TILE),
-        _tiled(k, _TILE),
-        _tiled(v, _TILE),
-        _tiled(d_out, _TILE),
-        _pad(jnp.stack([lse * LOG2E, delta], axis=2), _TILE, 3),
-        jnp.stack(padded, axis=1),
+    ends = jnp.stack(padded, axis=1)
+    q, d_out = _tiled(q, _TILE), _tiled(d_out, _TILE)
+    k, v = _tiled(k, _TILE), _tiled(v, _TILE)
+    lse, d_lse = (_pad(x, _TILE, 2) for x in (lse, d_lse.swapaxes(1, 2)))
+    d_q, stats = backward_queries(
+        by_queries, plan, q, k, v, _tiled(out, _TILE), d_out, lse, d_lse, ends
     )
-    d_q = backward_queries(by_queries, plan, *arguments)
-    by_key_tiles = key_plan(padded, arguments[1].shape[1], ROWS, _TILE)
-    d_k, d_v = backward_keys(by_keys, by_key_tiles, *arguments)
+    by_key_tiles = key_plan(padded, k.shape[1], ROWS, _TILE)
+    d_k, d_v = backward_keys(by_keys, by_key_tiles, q, k, v, d_out, stats, ends)
     d_k, d_v = (x[:, :keys, :, :width] for x in (d_k, d_v))
     return d_q[:, :queries, :, :width], d_k, d_v, None
 

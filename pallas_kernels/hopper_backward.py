@@ -35,6 +35,11 @@ def _zeros(shape: tuple[int, int]) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
+def _product(tile) -> Array:
+    """A tile in shared memory in the registers of a product, float32."""
+    return plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
 def _column_wise(x: Array, shape: tuple[int, int]) -> Array:
     x = plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0))
     return lax.broadcast_in_dim(x, shape, [1])
@@ -52,20 +57,22 @@ def backward_queries(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
     d_out: Float[Array, "B T N H"],
-    stats: Float[Array, "B N 2 T"],
+    lse: Float[Array, "B N T"],
+    d_lse: Float[Array, "B N T"],
     bounds: Int[Array, "B 4 T"],
-) -> Float[Array, "B T N H"]:
-    """dQ. stats: the log-sum-exp in base 2, and delta."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N 2 T"]]:
+    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta."""
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
     shape = (ROWS, sizes.key)
 
-    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, *scratch):
-        plan_ref, used_ref, unclean_ref, d_q_ref, *scratch = scratch
-        q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = scratch
-        q_here, k_here, v_here, k_free, v_free = barriers
+    def kernel(q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, d_lse_ref, bounds_ref, *refs):
+        plan_ref, used_ref, unclean_ref, d_q_ref, stats_ref, *refs = refs
+        q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = refs
+        out_here, q_here, k_here, v_here, k_free, v_free = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
         runs = Runs.read(plan_ref, place)
@@ -75,13 +82,23 @@ def backward_queries(
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
             mine, d_mine = q_smem.at[group_id], d_out_smem.at[group_id]
             at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
-            here = q_here.at[group_id]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, here)
+            stats, here = stats_smem.at[group_id], out_here.at[group_id]
+            # The output first takes the place of the queries: delta is all that is needed of it.
+            plgpu.copy_gmem_to_smem(out_ref.at[row, at, head], mine, here)
             plgpu.copy_gmem_to_smem(d_out_ref.at[row, at, head], d_mine, here)
-            plgpu.copy_gmem_to_smem(stats_ref.at[row, head, :, at], stats_smem.at[group_id], here)
+            plgpu.copy_gmem_to_smem(lse_ref.at[row, head, at], stats.at[0], here)
+            plgpu.copy_gmem_to_smem(d_lse_ref.at[row, head, at], stats.at[1], here)
             plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
             plgpu.barrier_wait(here)
-            lse, delta = (row_wise(stats_smem[group_id, i]) for i in range(2))
+            product = _product(mine) * _product(d_mine)
+            lse = row_wise(stats[0]) * LOG2E
+            delta = product.sum(axis=1) - row_wise(stats[1])
+            stats[0] = lse
+            stats[1] = delta
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(stats, stats_ref.at[row, head, :, at])
+            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, q_here.at[group_id])
+            plgpu.barrier_wait(q_here.at[group_id])
 
             def step(number, d_q, masked):
                 slot = lax.rem(number, jnp.int32(sizes.stages))
@@ -101,12 +118,12 @@ def backward_queries(
                 if masked:
                     key_tile, own = runs.masked_tile(number)
                     d_s = jnp.where(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s, 0)
+                d_s = d_s.astype(q.dtype)
+                if masked:
 
                     @pl.when(unclean_ref[row, key_tile] > 0)
                     def _():
                         zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
-
-                d_s = d_s.astype(q.dtype)
 
                 def products(ref):
                     plgpu.wgmma(ref, d_s, k_smem.at[slot])
@@ -142,13 +159,17 @@ def backward_queries(
     tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*lse.shape[:2], 2, lse.shape[2]), jnp.float32),
+        ),
         scratch_types=(
             *[tiled((2, ROWS, width), q.dtype)] * 2,
             *[tiled(tile, q.dtype)] * 2,
             plgpu.SMEM((2, 2, ROWS), jnp.float32),
             plgpu.SMEM((2, 4, ROWS), jnp.int32),
-            plgpu.Barrier(num_arrivals=4, num_barriers=2),
+            plgpu.Barrier(num_arrivals=5, num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
             *[plgpu.Barrier(**per_stage)] * 2,
             *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
         ),
@@ -157,7 +178,7 @@ def backward_queries(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, d_out, stats, bounds, *plan)
+    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
 
 
 def backward_keys(
@@ -219,14 +240,14 @@ def backward_keys(
                     )
                     keep = (key >= low) & (key < high)
                     p, d_s = jnp.where(keep, p, 0), jnp.where(keep, d_s, 0)
+                p, d_s = p.astype(q.dtype), d_s.astype(q.dtype)
+                if masked:
 
                     @pl.when(list_ref[place, lax.div(number, jnp.int32(group))] & IDLE != 0)
                     def _():
                         own = bounds_smem.at[slot]
                         zero_rows(queries, lambda offset: own[1] - own[0])
                         zero_rows(d_outs, lambda offset: own[1] - own[0])
-
-                p, d_s = p.astype(q.dtype), d_s.astype(q.dtype)
 
                 def products(accumulators):
                     d_k, d_v = accumulators

@@ -12,7 +12,8 @@ def used_keys(bounds: Intervals, keys: int) -> Bool[Array, "B S"]:
     """Which of S = `keys` keys some query sees, in O(T + S)."""
     row = jnp.arange(bounds.a0.shape[0])[:, None]
     reach = jnp.zeros((bounds.a0.shape[0], keys + 1), jnp.int32)
-    reach = reach.at[row, bounds.a0].max(bounds.a1).at[row, bounds.b0].max(bounds.b1)
+    begins, ends = (jnp.concatenate(x, axis=1) for x in (bounds[::2], bounds[1::2]))
+    reach = reach.at[row, begins].max(ends)
     return lax.cummax(reach, axis=1)[:, :keys] > jnp.arange(keys)
 
 

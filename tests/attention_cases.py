@@ -340,8 +340,8 @@ class AttentionCases:
         names = ("q", "k", "v", "intervals", "d_out", "d_lse")
         arguments = [
             jax.tree.map(
-                lambda *x: jnp.stack(
-                    [y if y.dtype == jnp.int32 else jnp.asarray(y, self.dtype) for y in x]
+                lambda *x, dtype="float32" if name == "d_lse" else self.dtype: jnp.stack(
+                    [y if y.dtype == jnp.int32 else jnp.asarray(y, dtype) for y in x]
                 ),
                 *(getattr(c, name) for c in (case, other)),
             )

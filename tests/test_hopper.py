@@ -50,7 +50,7 @@ class TestHopper(AttentionCases):
 
     impl = Hopper()
     length = 300
-    window = (40, 290)
+    window = (40, 296)
     width = 64
     dtype = "bfloat16"
 

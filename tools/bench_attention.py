@@ -55,8 +55,8 @@ _DENSE_BYTES = 24
 
 def _kernel(name: str, head_dim: int):
     """One of `pallas_kernels` by class name, on the platform that it is for."""
-    if name in ("Cudnn", "Mosaic"):
-        only("gpu" if name == "Cudnn" else "tpu")
+    if name in ("Cudnn", "Hopper", "Mosaic"):
+        only("tpu" if name == "Mosaic" else "gpu")
     kind = getattr(pallas_kernels, name)
     return kind.tuned(jax.devices()[0].device_kind, head_dim) if name == "Mosaic" else kind()
 
@@ -69,6 +69,8 @@ def ours(name: str, case: Case, inputs, seen: Intervals) -> Runner:
         size, stats = case.heads * visited, jax.devices()[0].memory_stats() or {}
         if _DENSE_BYTES * size > stats.get("bytes_limit", 8e9):
             raise NotImplementedError(f"scores of {4 * size / 2**30:.0f} GiB do not fit")
+    elif name == "Hopper":
+        visited = tiled_pairs(seen, 128, 128, length)
     elif hasattr(kernel, "query_tile") and length >= 2 * max(kernel.query_tile, kernel.key_tile):
         # In shorter rows the kernels take smaller tiles.
         visited = tiled_pairs(seen, kernel.query_tile, kernel.key_tile, length)
@@ -79,7 +81,13 @@ def ours(name: str, case: Case, inputs, seen: Intervals) -> Runner:
     return jax_runner(call, inputs, seen, visited=visited)
 
 
-OURS = {"dense": "Dense", "blockwise": "Blockwise", "cudnn": "Cudnn", "mosaic": "Mosaic"}
+OURS = {
+    "dense": "Dense",
+    "blockwise": "Blockwise",
+    "cudnn": "Cudnn",
+    "hopper": "Hopper",
+    "mosaic": "Mosaic",
+}
 
 
 def training(args) -> dict:

@@ -1,0 +1,220 @@
+"""The language-model head on Hopper: row statistics and logit gradients, logits never written.
+
+A head of V = 151,936 by D = 2048 makes 2.5 G logits of 16k rows: written and read in float32 they
+would cost a chip more time than half a product. Here a tile of logits is reduced where it is made.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import hopper_product as product
+from pallas_kernels.hopper_product import HALF, TILE_COLUMNS, TILE_ROWS, Operand
+
+BANNED = -1e30
+_SPLITS = 33
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+class Columns(NamedTuple):
+    """Which columns of a tile may be drawn: ids below `limit` that are not banned."""
+
+    limit: Int[Array, ""]
+    banned: tuple[Int[Array, ""], ...]
+
+
+def _spread(x, width: int = TILE_COLUMNS):
+    return lax.broadcast_in_dim(x, (HALF, width), (0,))
+
+
+def _ids(first):
+    shape = (HALF, TILE_COLUMNS)
+    return first + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def _allowed(logits, ids, columns: Columns):
+    keep = ids < columns.limit
+    for banned in columns.banned:
+        keep &= ids != banned
+    return jnp.where(keep, logits, BANNED)
+
+
+def _load(ref, first):
+    return plgpu.load(ref.at[pl.ds(first, HALF)], layout=_ROW, optimized=False)
+
+
+def check(width: int, dtype) -> None:
+    """Raises NotImplementedError for what the kernels cannot serve."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the head's kernels multiply 16-bit numbers, not {dtype}")
+    if width % 64:
+        raise NotImplementedError(f"the head's kernels need a width in steps of 64, not {width}")
+
+
+def _integers(count, limit, banned):
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (count, limit, *banned)])
+
+
+def statistics(
+    x: Float[Array, "n D"],
+    head: Float[Array, "V D"],
+    target: Int[Array, "n"],
+    count: Int[Array, ""],
+    banned: tuple[Int[Array, ""], ...] = (),
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """Largest logit, sum exp(logit - largest) and the target's logit of the first `count` rows.
+
+    n is a multiple of 128; rows from `count` on hold anything. A target that is no id picks 0.
+    """
+    check(x.shape[1], x.dtype)
+    rows, width = x.shape
+    tiles = -(-head.shape[0] // TILE_COLUMNS)
+    splits = min(_SPLITS, tiles)
+    each = -(-tiles // splits)
+    steps = width // 64
+
+    def body(x_ref, head_ref, target_ref, integers, top_ref, total_ref, picked_ref):
+        row_tiles = (integers[0] + TILE_ROWS - 1) // TILE_ROWS
+        columns = Columns(integers[1], tuple(integers[2 + i] for i in range(len(banned))))
+        items = product.own_share(row_tiles * splits)
+
+        def item_of(index):
+            number = lax.axis_index("block") + index * product.BLOCKS
+            return product.grouped(number, row_tiles, splits)
+
+        def place(index):
+            row, split = item_of(index // each)
+            return row * TILE_ROWS, (split * each + lax.rem(index, each)) * TILE_COLUMNS
+
+        def compute(half, multiply, out):
+            def item(index, _):
+                row, split = item_of(index)
+                first_row = row * TILE_ROWS + half * HALF
+                target = _load(target_ref, first_row)
+
+                def tile(j, state):
+                    first = (split * each + j) * TILE_COLUMNS
+
+                    def finish(logits):
+                        top, total, picked = state
+                        ids = _ids(first)
+                        logits = _allowed(logits, ids, columns)
+                        new = jnp.maximum(top, logits.max(axis=1))
+                        share = jnp.exp(logits - _spread(new))
+                        hit = jnp.where(ids == _spread(target), logits, 0.0)
+                        total = total * jnp.exp(top - new) + share.sum(axis=1)
+                        return new, total, picked + hit.sum(axis=1)
+
+                    return multiply(index * each + j, finish)
+
+                def column(value):
+                    return plgpu.layout_cast(jnp.full((HALF,), value, jnp.float32), _ROW)
+
+                state = lax.fori_loop(0, each, tile, (column(BANNED), column(0.0), column(0.0)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for i, value in enumerate(state):
+                    out[half, i] = value
+                plgpu.commit_smem()
+                for i, ref in enumerate((top_ref, total_ref, picked_ref)):
+                    plgpu.copy_smem_to_gmem(out.at[half, i], ref.at[split, pl.ds(first_row, HALF)])
+
+            lax.fori_loop(0, items, item, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        product.run(
+            Operand(x_ref, 1),
+            Operand(head_ref, 1),
+            tiles=items * each,
+            steps=steps,
+            place=place,
+            compute=compute,
+            scratch=(plgpu.SMEM((2, 3, HALF), jnp.float32),),
+        )
+
+    part = jax.ShapeDtypeStruct((splits, rows), jnp.float32)
+    integers = _integers(count, head.shape[0], banned)
+    run = product.kernel(body, [part] * 3, "head_statistics")
+    top, total, picked = run(x, head, target, integers)
+    highest = top.max(axis=0)
+    return highest, (total * jnp.exp(top - highest)).sum(axis=0), picked.sum(axis=0)
+
+
+def logit_gradients(
+    x: Float[Array, "n D"],
+    head: Float[Array, "V D"],
+    target: Int[Array, "n"],
+    log_total: Float[Array, "n"],
+    scale: Float[Array, "n"],
+    count: Int[Array, ""],
+    first: Int[Array, ""],
+    size: int,
+    banned: tuple[Int[Array, ""], ...] = (),
+) -> Float[Array, "n size"]:
+    """scale (exp(logit - log_total) - [id = target]) of ids first ... first + size - 1.
+
+    In the dtype of x, zero for ids from V on; n is a multiple of 128, `size` of 256, and rows of
+    tiles beyond `count` are not written.
+    """
+    check(x.shape[1], x.dtype)
+    rows, width = x.shape
+    tiles = size // TILE_COLUMNS
+    piece = 64
+
+    def body(x_ref, head_ref, target_ref, log_ref, scale_ref, integers, out_ref):
+        row_tiles = (integers[0] + TILE_ROWS - 1) // TILE_ROWS
+        columns = Columns(integers[1], tuple(integers[3 + i] for i in range(len(banned))))
+        start = integers[2]
+        items = product.own_share(row_tiles * tiles)
+
+        def place(index):
+            number = lax.axis_index("block") + index * product.BLOCKS
+            row, column = product.grouped(number, row_tiles, tiles)
+            return row * TILE_ROWS, start + column * TILE_COLUMNS
+
+        def compute(half, multiply, out):
+            def item(index, _):
+                first_row, first = place(index)
+                first_row += half * HALF
+                target, log_total, scale = (
+                    _load(ref, first_row) for ref in (target_ref, log_ref, scale_ref)
+                )
+
+                def finish(logits):
+                    ids = _ids(first)
+                    logits = _allowed(logits, ids, columns)
+                    share = jnp.exp(logits - _spread(log_total))
+                    share -= jnp.where(ids == _spread(target), 1.0, 0.0)
+                    return (share * _spread(scale)).astype(x.dtype)
+
+                values = multiply(index, finish)
+                for i in range(TILE_COLUMNS // piece):
+                    slot = i % 2
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    out[half, slot] = values[:, i * piece : (i + 1) * piece]
+                    plgpu.commit_smem()
+                    across = pl.multiple_of(first - start + i * piece, piece)
+                    at = pl.ds(pl.multiple_of(first_row, HALF), HALF), pl.ds(across, piece)
+                    plgpu.copy_smem_to_gmem(out.at[half, slot], out_ref.at[at])
+
+            lax.fori_loop(0, items, item, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        product.run(
+            Operand(x_ref, 1),
+            Operand(head_ref, 1),
+            tiles=items,
+            steps=width // 64,
+            place=place,
+            compute=compute,
+            scratch=(product.buffer((2, 2, HALF, piece), x.dtype),),
+        )
+
+    integers = _integers(count, head.shape[0], (first, *banned))
+    out = jax.ShapeDtypeStruct((rows, size), x.dtype)
+    run = product.kernel(body, out, "head_logit_gradients")
+    return run(x, head, target, log_total, scale, integers)

@@ -1,0 +1,171 @@
+"""A tiled matrix product for Hopper whose tiles end in a function of the caller's.
+
+Persistent blocks of two computing warpgroups and one that copies: an output tile of 128 x 256 is
+two accumulators of 64 x 256 that share the second operand, and the copies for the next tile are
+under way while the last one is finished. How many tiles there are may be data.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE_ROWS, TILE_COLUMNS = 128, 256
+HALF = TILE_ROWS // 2
+_STEP = 64
+_STAGES = 4
+# Blocks of an H100; a chip with fewer runs the rest in a second wave.
+BLOCKS = 132
+_GROUP = 16
+_LANES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+class Operand(NamedTuple):
+    """A matrix of 16-bit numbers in global memory and which of its axes is summed over."""
+
+    ref: jax.Ref
+    summed: int
+
+
+def buffer(shape, dtype=jnp.float32) -> plgpu.SMEM:
+    """Shared memory; 16-bit buffers whose rows are multiples of 64 are laid out for copies."""
+    tiled = jnp.dtype(dtype).itemsize == 2
+    return plgpu.SMEM(shape, dtype, transforms=_LANES if tiled else ())
+
+
+def grouped(index, rows, columns):
+    """(row, column) of a tile: groups of 16 rows run through all columns, rows fastest.
+
+    Blocks that run at one time then share their operands in the second-level cache.
+    """
+    group = index // (_GROUP * columns)
+    inside = index - group * _GROUP * columns
+    height = jnp.minimum(_GROUP, rows - group * _GROUP)
+    column = inside // height
+    return group * _GROUP + inside - column * height, column
+
+
+def own_share(total):
+    """How many of `total` items this block takes: numbers block, block + BLOCKS, ..."""
+    return jnp.maximum(total - lax.axis_index("block") + BLOCKS - 1, 0) // BLOCKS
+
+
+def _operand_buffer(operand: Operand, size: int):
+    shape = (size, _STEP) if operand.summed else (_STEP, size)
+    return buffer((_STAGES, *shape), operand.ref.dtype)
+
+
+def run(
+    a: Operand,
+    b: Operand,
+    *,
+    tiles,
+    steps,
+    place: Callable,
+    compute: Callable,
+    scratch=(),
+):
+    """Runs `compute` on the computing warpgroups while a third feeds them.
+
+    tiles: how many tiles this block visits, steps: chunks of 64 along the summed axis, at least
+    one; `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product,
+    *scratch)` is to call `product(i, finish)` for each i in order and gets what `finish(acc)`
+    returns, acc of 64 x 256.
+    """
+
+    def body(a_smem, b_smem, full, empty, *own):
+        group = lax.axis_index("warpgroup")
+
+        def slot_of(step):
+            return lax.rem(step, jnp.int32(_STAGES))
+
+        @pl.when(group == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def copy(operand, size, first, k, target, barrier):
+                along, across = pl.ds(k * _STEP, _STEP), pl.ds(pl.multiple_of(first, 64), size)
+                at = (across, along) if operand.summed else (along, across)
+                plgpu.copy_gmem_to_smem(operand.ref.at[at], target, barrier)
+
+            def tile(i, _):
+                row, column = place(i)
+
+                def step(k, _):
+                    at = i * steps + k
+                    slot = slot_of(at)
+
+                    @pl.when(at >= _STAGES)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    copy(a, TILE_ROWS, row, k, a_smem.at[slot], full.at[slot])
+                    copy(b, TILE_COLUMNS, column, k, b_smem.at[slot], full.at[slot])
+
+                lax.fori_loop(0, steps, step, None)
+
+            lax.fori_loop(0, tiles, tile, None)
+
+            def drain(at, _):
+                plgpu.barrier_wait(empty.at[slot_of(at)])
+
+            total = tiles * steps
+            lax.fori_loop(jnp.maximum(total - _STAGES, 0), total, drain, None)
+
+        @pl.when(group < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds(group * HALF, HALF)
+
+            def product(i, finish):
+                def accumulate(acc):
+                    def step(k, _):
+                        at = i * steps + k
+                        slot = slot_of(at)
+                        plgpu.barrier_wait(full.at[slot])
+                        left, right = a_smem.at[slot], b_smem.at[slot]
+                        left = left.at[rows] if a.summed else left.at[:, rows].transpose((1, 0))
+                        plgpu.wgmma(acc, left, right.transpose((1, 0)) if b.summed else right)
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot_of(at + _STAGES - 1)])
+
+                    lax.fori_loop(0, steps, step, None)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[slot_of(i * steps + steps - 1)])
+                    return acc[...]
+
+                shape = (HALF, TILE_COLUMNS)
+                return finish(pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32)))
+
+            compute(group, product, *own)
+
+    pl.run_scoped(
+        body,
+        _operand_buffer(a, TILE_ROWS),
+        _operand_buffer(b, TILE_COLUMNS),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        *scratch,
+        collective_axes="warpgroup",
+    )
+
+
+def kernel(body, out_type, name: str):
+    """`body` over the blocks of a chip, three warpgroups each."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(BLOCKS,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )

@@ -1,0 +1,127 @@
+"""Mosaic GPU kernels on the CPU: jax's interpreter, which runs the barriers and finds races, with
+the tensor core's products put in its place.
+
+The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
+While a kernel is traced here, an accumulator is a plain value, a product is added to it at once, and
+layouts, which the interpreter does not model, are left out.
+"""
+
+import contextlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+
+# Warpgroups, rows and columns: room for every kernel's accumulator.
+_ACCUMULATORS = (4, 128, 256)
+
+
+class _Accumulator:
+    """Shape while it is declared, value inside the body that uses it."""
+
+    def __init__(self, shape, dtype=jnp.float32):
+        self.shape, self.value = shape, None
+
+    def __getitem__(self, index):
+        assert index is ...
+        return self.value
+
+    @staticmethod
+    def init(value):
+        held = _Accumulator(value.shape)
+        held.value = value
+        return held
+
+
+class _Transposed:
+    def __init__(self, ref):
+        self._ref = ref
+
+    def __getitem__(self, index):
+        return self._ref[index].T
+
+
+def _read(operand):
+    return operand if isinstance(operand, jax.Array) else operand[...]
+
+
+def _wgmma(accumulator, a, b):
+    product = jnp.dot(
+        _read(a).astype(jnp.float32), _read(b).astype(jnp.float32), precision="highest"
+    )
+    # The tensor core reads through the proxy that copies write through: no fence is between them.
+    plgpu.commit_smem()
+    if isinstance(accumulator, _Accumulator):
+        accumulator.value = accumulator.value + product
+    else:
+        accumulator[...] += product
+
+
+def _run_state(body):
+    def run(held):
+        many = isinstance(held, tuple)
+        body(held)
+        return tuple(h.value for h in held) if many else held.value
+
+    return run
+
+
+def _run_scoped(real):
+    """Declared accumulators are buffers of their warpgroup: loops may close over them.
+
+    The interpreter knows shared allocations alone. One that all warpgroups make gets another beside
+    it, of which every warpgroup has an accumulator's share.
+    """
+    shares = []
+
+    def run(body, *types, **options):
+        if any(isinstance(t, _Accumulator) for t in types):
+            ((buffer, thread),) = shares[-1:]
+            (shape,) = (t.shape for t in types)
+            share = buffer.at[lax.axis_index(thread), : shape[0], : shape[1]]
+            share[...] = jnp.zeros(shape, jnp.float32)
+            return body(share)
+        if options.get("collective_axes") is None or shares:
+            return real(body, *types, **options)
+
+        def with_shares(buffer, *refs):
+            shares.append((buffer, options["collective_axes"]))
+            try:
+                return body(*refs)
+            finally:
+                shares.pop()
+
+        return real(with_shares, plgpu.SMEM(_ACCUMULATORS, jnp.float32), *types, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def interpreted(detect_races: bool = True):
+    """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
+    params = InterpretGPUParams(detect_races=detect_races)
+    kernel = plgpu.kernel
+    with contextlib.ExitStack() as stack:
+        for module, name, new in (
+            (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
+            (plgpu, "ACC", _Accumulator),
+            (plgpu, "wgmma", _wgmma),
+            (plgpu, "wgmma_wait", lambda allowed: None),
+            (plgpu, "layout_cast", lambda x, layout: x),
+            (plgpu, "load", lambda ref, index=(), **options: ref[...]),
+            (plgpu, "transpose_ref", lambda ref, order: _Transposed(ref)),
+            (
+                plgpu,
+                "broadcasted_iota",
+                lambda dtype, shape, axis, **options: lax.broadcasted_iota(dtype, shape, axis),
+            ),
+            (pl, "run_state", _run_state),
+            (pl, "run_scoped", _run_scoped(pl.run_scoped)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, new, create=True))
+        yield

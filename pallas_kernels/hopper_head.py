@@ -52,8 +52,10 @@ def check(width: int, dtype) -> None:
     """Raises NotImplementedError for what the kernels cannot serve."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the head's kernels multiply 16-bit numbers, not {dtype}")
-    if width % 64:
-        raise NotImplementedError(f"the head's kernels need a width in steps of 64, not {width}")
+    if width % TILE_COLUMNS:
+        raise NotImplementedError(
+            f"the head's kernels need a width in steps of {TILE_COLUMNS}, not {width}"
+        )
 
 
 def _integers(count, limit, banned):
@@ -144,6 +146,35 @@ def statistics(
     return highest, (total * jnp.exp(top - highest)).sum(axis=0), picked.sum(axis=0)
 
 
+def _share(row_tiles, column_tiles, start=0):
+    """How many tiles this block takes, and their (first row, first column)."""
+
+    def place(index):
+        number = lax.axis_index("block") + index * product.BLOCKS
+        row, column = product.grouped(number, row_tiles, column_tiles)
+        return row * TILE_ROWS, start + column * TILE_COLUMNS
+
+    return product.own_share(row_tiles * column_tiles), place
+
+
+def _each(items, place, step):
+    """Computes one tile after the other: `step(index, first row of this half, first column)`."""
+
+    def compute(half, multiply, *scratch):
+        def item(index, _):
+            row, column = place(index)
+            step(half, multiply, index, row + half * HALF, column, *scratch)
+
+        lax.fori_loop(0, items, item, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    return compute
+
+
+def _tiles(size, tile: int):
+    return (size + tile - 1) // tile
+
+
 def logit_gradients(
     x: Float[Array, "n D"],
     head: Float[Array, "V D"],
@@ -157,52 +188,28 @@ def logit_gradients(
 ) -> Float[Array, "n size"]:
     """scale (exp(logit - log_total) - [id = target]) of ids first ... first + size - 1.
 
-    In the dtype of x, zero for ids from V on; n is a multiple of 128, `size` of 256, and rows of
-    tiles beyond `count` are not written.
+    In the dtype of x. Only tiles of 128 rows by 256 ids that hold some of the first `count` rows
+    and some id are written; `first` and `size` are multiples of 256.
     """
-    check(x.shape[1], x.dtype)
     rows, width = x.shape
-    tiles = size // TILE_COLUMNS
-    piece = 64
 
     def body(x_ref, head_ref, target_ref, log_ref, scale_ref, integers, out_ref):
-        row_tiles = (integers[0] + TILE_ROWS - 1) // TILE_ROWS
         columns = Columns(integers[1], tuple(integers[3 + i] for i in range(len(banned))))
         start = integers[2]
-        items = product.own_share(row_tiles * tiles)
+        ids = jnp.minimum(columns.limit - start, size)
+        row_tiles = _tiles(integers[0], TILE_ROWS)
+        items, place = _share(row_tiles, _tiles(ids, TILE_COLUMNS), start)
 
-        def place(index):
-            number = lax.axis_index("block") + index * product.BLOCKS
-            row, column = product.grouped(number, row_tiles, tiles)
-            return row * TILE_ROWS, start + column * TILE_COLUMNS
+        def step(half, multiply, index, row, column, box):
+            target, log_total, scale = (_load(ref, row) for ref in (target_ref, log_ref, scale_ref))
 
-        def compute(half, multiply, out):
-            def item(index, _):
-                first_row, first = place(index)
-                first_row += half * HALF
-                target, log_total, scale = (
-                    _load(ref, first_row) for ref in (target_ref, log_ref, scale_ref)
-                )
+            def finish(logits):
+                ids = _ids(column)
+                share = jnp.exp(_allowed(logits, ids, columns) - _spread(log_total))
+                share -= jnp.where(ids == _spread(target), 1.0, 0.0)
+                return (share * _spread(scale)).astype(x.dtype)
 
-                def finish(logits):
-                    ids = _ids(first)
-                    logits = _allowed(logits, ids, columns)
-                    share = jnp.exp(logits - _spread(log_total))
-                    share -= jnp.where(ids == _spread(target), 1.0, 0.0)
-                    return (share * _spread(scale)).astype(x.dtype)
-
-                values = multiply(index, finish)
-                for i in range(TILE_COLUMNS // piece):
-                    slot = i % 2
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    out[half, slot] = values[:, i * piece : (i + 1) * piece]
-                    plgpu.commit_smem()
-                    across = pl.multiple_of(first - start + i * piece, piece)
-                    at = pl.ds(pl.multiple_of(first_row, HALF), HALF), pl.ds(across, piece)
-                    plgpu.copy_smem_to_gmem(out.at[half, slot], out_ref.at[at])
-
-            lax.fori_loop(0, items, item, None)
-            plgpu.wait_smem_to_gmem(0)
+            product.write(multiply(index, finish), box, half, out_ref, row, column - start)
 
         product.run(
             Operand(x_ref, 1),
@@ -210,11 +217,107 @@ def logit_gradients(
             tiles=items,
             steps=width // 64,
             place=place,
-            compute=compute,
-            scratch=(product.buffer((2, 2, HALF, piece), x.dtype),),
+            compute=_each(items, place, step),
+            scratch=(product.outbox(x.dtype),),
         )
 
     integers = _integers(count, head.shape[0], (first, *banned))
     out = jax.ShapeDtypeStruct((rows, size), x.dtype)
     run = product.kernel(body, out, "head_logit_gradients")
     return run(x, head, target, log_total, scale, integers)
+
+
+def add_row_gradients(d_logits: Float[Array, "n size"], head, d_x, count, first) -> None:
+    """d_x[:count] += d_logits @ head[first : first + size]; `d_x` is a float32 Ref of (n, D).
+
+    Each number is added to once: equal inputs give equal bits.
+    """
+    size, width = d_logits.shape[1], head.shape[1]
+
+    def body(d_logits_ref, head_ref, integers, d_x_ref):
+        steps = _tiles(jnp.minimum(integers[1] - integers[2], size), TILE_COLUMNS)
+        items, place = _share(_tiles(integers[0], TILE_ROWS), width // TILE_COLUMNS)
+
+        def step(half, multiply, index, row, column, box):
+            part = multiply(index, lambda acc: acc)
+            product.write(part, box, half, d_x_ref, row, column, "add")
+
+        product.run(
+            Operand(d_logits_ref, 1),
+            Operand(head_ref, 0, integers[2]),
+            tiles=items,
+            steps=steps * (TILE_COLUMNS // 64),
+            place=place,
+            compute=_each(items, place, step),
+            scratch=(product.outbox(jnp.float32),),
+        )
+
+    integers = _integers(count, head.shape[0], (first,))
+    product.kernel(body, (), "head_row_gradients")(d_logits, head, integers, d_x)
+
+
+def set_head_gradients(d_logits: Float[Array, "n size"], x, d_head, count, first) -> None:
+    """d_head[first : first + size] = d_logits[:count]^T @ x[:count], summed in float32.
+
+    `d_head` is a Ref of (V, D) in any float type. From `count` to the next multiple of 128, rows
+    are read: `x` is finite there and d_logits zero.
+    """
+    size, width = d_logits.shape[1], x.shape[1]
+    dtype = d_head.dtype
+
+    def body(d_logits_ref, x_ref, integers, d_head_ref):
+        ids = jnp.minimum(integers[1] - integers[2], size)
+        items, place = _share(_tiles(ids, TILE_ROWS), width // TILE_COLUMNS)
+
+        def step(half, multiply, index, row, column, box):
+            part = multiply(index, lambda acc: acc.astype(dtype))
+            product.write(part, box, half, d_head_ref, integers[2] + row, column)
+
+        product.run(
+            Operand(d_logits_ref, 0),
+            Operand(x_ref, 0),
+            tiles=items,
+            steps=_tiles(integers[0], 64),
+            place=place,
+            compute=_each(items, place, step),
+            scratch=(product.outbox(dtype),),
+        )
+
+    integers = _integers(count, d_head.shape[0], (first,))
+    product.kernel(body, (), "head_weight_gradients")(d_logits, x, integers, d_head)
+
+
+def gradients(
+    x: Float[Array, "n D"],
+    head: Float[Array, "V D"],
+    target: Int[Array, "n"],
+    log_total: Float[Array, "n"],
+    scale: Float[Array, "n"],
+    count: Int[Array, ""],
+    banned: tuple[Int[Array, ""], ...] = (),
+    *,
+    dtype,
+    chunk: int = 2048,
+) -> tuple[Float[Array, "n D"], Float[Array, "V D"]]:
+    """The gradients of sum(scale * nll) in rows (float32) and in the head (`dtype`).
+
+    log_total: the log-sum-exp of each row's logits. From `count` on `scale` is zero and `x` finite.
+    n is a multiple of 128; `chunk` ids at a time, a multiple of 256, have logit gradients in
+    memory.
+    """
+    check(x.shape[1], x.dtype)
+    # Of no rows at all the gradients are those of one row whose scale is zero.
+    count = jnp.maximum(count, 1)
+    d_x = jax.new_ref(jnp.zeros(x.shape, jnp.float32))
+    d_head = jax.new_ref(jnp.zeros(head.shape, dtype))
+
+    def visit(index, _):
+        first = index * chunk
+        d_logits = logit_gradients(
+            x, head, target, log_total, scale, count, first, chunk, banned
+        )
+        add_row_gradients(d_logits, head, d_x, count, first)
+        set_head_gradients(d_logits, x, d_head, count, first)
+
+    lax.fori_loop(0, -(-head.shape[0] // chunk), visit, None)
+    return jax.freeze(d_x), jax.freeze(d_head)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
 HALF = TILE_ROWS // 2
@@ -21,20 +22,46 @@ _STAGES = 4
 # Blocks of an H100; a chip with fewer runs the rest in a second wave.
 BLOCKS = 132
 _GROUP = 16
-_LANES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# A row of a shared buffer that copies understand.
+_BYTES = 128
 
 
 class Operand(NamedTuple):
-    """A matrix of 16-bit numbers in global memory and which of its axes is summed over."""
+    """A matrix of 16-bit numbers in global memory, the axis summed over and where the sum starts.
+
+    What lies outside of the matrix counts as zeros.
+    """
 
     ref: jax.Ref
     summed: int
+    start: Int[Array, ""] | int = 0
 
 
-def buffer(shape, dtype=jnp.float32) -> plgpu.SMEM:
-    """Shared memory; 16-bit buffers whose rows are multiples of 64 are laid out for copies."""
-    tiled = jnp.dtype(dtype).itemsize == 2
-    return plgpu.SMEM(shape, dtype, transforms=_LANES if tiled else ())
+def _buffer(shape, dtype) -> plgpu.SMEM:
+    tiling = plgpu.TilingTransform((8, _BYTES // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(_BYTES)))
+
+
+def outbox(dtype) -> plgpu.SMEM:
+    """Scratch for `write`: two slots for each computing warpgroup."""
+    return _buffer((2, 2, HALF, _BYTES // jnp.dtype(dtype).itemsize), dtype)
+
+
+def write(values: Float[Array, "64 256"], box, half, ref, row, column, reduction=None):
+    """Starts copies of `values` to ref[row:, column:], or adds them there ("add").
+
+    What lies outside of `ref` is dropped. `plgpu.wait_smem_to_gmem(0)` is due before the kernel
+    ends.
+    """
+    piece = box.shape[-1]
+    for i in range(TILE_COLUMNS // piece):
+        slot = i % 2
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        box[half, slot] = values[:, i * piece : (i + 1) * piece]
+        plgpu.commit_smem()
+        rows = pl.ds(pl.multiple_of(row, HALF), HALF)
+        across = pl.ds(pl.multiple_of(column + i * piece, piece), piece)
+        plgpu.copy_smem_to_gmem(box.at[half, slot], ref.at[rows, across], reduction_op=reduction)
 
 
 def grouped(index, rows, columns):
@@ -56,7 +83,7 @@ def own_share(total):
 
 def _operand_buffer(operand: Operand, size: int):
     shape = (size, _STEP) if operand.summed else (_STEP, size)
-    return buffer((_STAGES, *shape), operand.ref.dtype)
+    return _buffer((_STAGES, *shape), operand.ref.dtype)
 
 
 def run(
@@ -71,8 +98,7 @@ def run(
 ):
     """Runs `compute` on the computing warpgroups while a third feeds them.
 
-    tiles: how many tiles this block visits, steps: chunks of 64 along the summed axis, at least
-    one; `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product,
+    tiles: how many tiles this block visits; steps: chunks of 64 along the summed axis, at least 1; `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product,
     *scratch)` is to call `product(i, finish)` for each i in order and gets what `finish(acc)`
     returns, acc of 64 x 256.
     """
@@ -88,7 +114,8 @@ def run(
             plgpu.set_max_registers(40, action="decrease")
 
             def copy(operand, size, first, k, target, barrier):
-                along, across = pl.ds(k * _STEP, _STEP), pl.ds(pl.multiple_of(first, 64), size)
+                start = pl.multiple_of(operand.start + k * _STEP, _STEP)
+                along, across = pl.ds(start, _STEP), pl.ds(pl.multiple_of(first, HALF), size)
                 at = (across, along) if operand.summed else (along, across)
                 plgpu.copy_gmem_to_smem(operand.ref.at[at], target, barrier)
 

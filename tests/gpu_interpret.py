@@ -101,6 +101,19 @@ def _run_scoped(real):
     return run
 
 
+def _copy_out(real):
+    """The interpreter has no copies that add."""
+
+    def copy(source, target, *, reduction_op=None, **options):
+        if reduction_op is not None:
+            assert reduction_op == "add"
+            source[...] += target[...]
+            plgpu.commit_smem()
+        real(source, target, **options)
+
+    return copy
+
+
 @contextlib.contextmanager
 def interpreted(detect_races: bool = True):
     """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
@@ -120,6 +133,7 @@ def interpreted(detect_races: bool = True):
                 "broadcasted_iota",
                 lambda dtype, shape, axis, **options: lax.broadcasted_iota(dtype, shape, axis),
             ),
+            (plgpu, "copy_smem_to_gmem", _copy_out(plgpu.copy_smem_to_gmem)),
             (pl, "run_state", _run_state),
             (pl, "run_scoped", _run_scoped(pl.run_scoped)),
         ):

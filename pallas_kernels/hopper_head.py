@@ -313,9 +313,7 @@ def gradients(
 
     def visit(index, _):
         first = index * chunk
-        d_logits = logit_gradients(
-            x, head, target, log_total, scale, count, first, chunk, banned
-        )
+        d_logits = logit_gradients(x, head, target, log_total, scale, count, first, chunk, banned)
         add_row_gradients(d_logits, head, d_x, count, first)
         set_head_gradients(d_logits, x, d_head, count, first)
 

@@ -37,12 +37,12 @@ class Operand(NamedTuple):
     start: Int[Array, ""] | int = 0
 
 
-def _buffer(shape, dtype) -> plgpu.SMEM:
+def _buffer(shape, dtype):
     tiling = plgpu.TilingTransform((8, _BYTES // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(_BYTES)))
 
 
-def outbox(dtype) -> plgpu.SMEM:
+def outbox(dtype):
     """Scratch for `write`: two slots for each computing warpgroup."""
     return _buffer((2, 2, HALF, _BYTES // jnp.dtype(dtype).itemsize), dtype)
 
@@ -98,9 +98,10 @@ def run(
 ):
     """Runs `compute` on the computing warpgroups while a third feeds them.
 
-    tiles: how many tiles this block visits; steps: chunks of 64 along the summed axis, at least 1; `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product,
-    *scratch)` is to call `product(i, finish)` for each i in order and gets what `finish(acc)`
-    returns, acc of 64 x 256.
+    tiles: how many tiles this block visits; steps: chunks of 64 along the summed axis, at least 1;
+    `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product, *scratch)`
+    is to call `product(i, finish)` for each i in order and gets what `finish(acc)` returns, acc of
+    64 x 256.
     """
 
     def body(a_smem, b_smem, full, empty, *own):

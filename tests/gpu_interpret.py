@@ -2,8 +2,8 @@
 the tensor core's products put in its place.
 
 The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in registers.
-While a kernel is traced here, an accumulator is a plain value, a product is added to it at once, and
-layouts, which the interpreter does not model, are left out.
+While a kernel is traced here, an accumulator is a plain value or a buffer, a product is added to it
+at once, and layouts, which the interpreter does not model, are left out.
 """
 
 import contextlib
@@ -12,10 +12,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
 
 # Warpgroups, rows and columns: room for every kernel's accumulator.
 _ACCUMULATORS = (4, 128, 256)

@@ -83,7 +83,9 @@ def _run_scoped(real):
             ((buffer, thread),) = shares[-1:]
             (shape,) = (t.shape for t in types)
             share = buffer.at[lax.axis_index(thread), : shape[0], : shape[1]]
-            share[...] = jnp.zeros(shape, jnp.float32)
+            # A zero that is traced: kernels close over no arrays.
+            zero = (lax.axis_index(thread) * 0).astype(jnp.float32)
+            share[...] = lax.broadcast_in_dim(zero, shape, ())
             return body(share)
         if options.get("collective_axes") is None or shares:
             return real(body, *types, **options)
@@ -117,13 +119,20 @@ def _copy_out(real):
 def interpreted(detect_races: bool = True):
     """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
     params = InterpretGPUParams(detect_races=detect_races)
-    kernel = plgpu.kernel
+    kernel, arrive = plgpu.kernel, plgpu.barrier_arrive
+
+    def ordered_arrive(barrier):
+        plgpu.commit_smem()
+        arrive(barrier)
+
     with contextlib.ExitStack() as stack:
         for module, name, new in (
             (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
+            (plgpu, "barrier_arrive", ordered_arrive),
             (plgpu, "ACC", _Accumulator),
             (plgpu, "wgmma", _wgmma),
             (plgpu, "wgmma_wait", lambda allowed: None),
+            (plgpu, "wgmma_accumulator_load", lambda held, wait_n: held.value),
             (plgpu, "layout_cast", lambda x, layout: x),
             (plgpu, "load", lambda ref, index=(), **options: ref[...]),
             (plgpu, "transpose_ref", lambda ref, order: _Transposed(ref)),

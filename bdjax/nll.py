@@ -213,8 +213,8 @@ def _fold(queue: Queue, d_x, rows: int, dtype):
     return lax.fori_loop(0, -(-rows // size), chunk, empty)
 
 
-def _by_kernel(hidden) -> bool:
-    """Whether the chip's own kernels serve; they fill rows up to tiles, not to chunks."""
+def by_kernel(hidden: Float[Array, "*n D"]) -> bool:
+    """Whether the chip has kernels for a head over these hidden rows."""
     if not device_kind().startswith(_HOPPER):
         return False
     try:
@@ -229,14 +229,15 @@ def _banned_here(chunks: Chunks, head):
 
 
 def _queue(chunks: Chunks, hidden, rows, scored) -> Queue:
-    chunk = hopper_head.TILE_ROWS if _by_kernel(hidden) else min(chunks.rows, rows.size)
+    """Kernels want rows filled up to their tiles, loops to chunks."""
+    chunk = hopper_head.TILE_ROWS if by_kernel(hidden) else min(chunks.rows, rows.size)
     return queue_of(rows, scored, hidden.shape[1], chunk)
 
 
 def _forward(chunks: Chunks, hidden, head, rows, labels, scored):
     queue = _queue(chunks, hidden, rows, scored)
     x, target = _gather(queue, hidden), _in_order(queue, labels, -1)
-    if _by_kernel(hidden):
+    if by_kernel(hidden):
         here = target - first_id(head.shape[0])
         state = hopper_head.statistics(x, head, here, queue.count, _banned_here(chunks, head))
     else:
@@ -257,7 +258,7 @@ def _backward(chunks: Chunks, hidden, head, rows, labels, scored, log_total, d_n
     x, target = _gather(queue, hidden), _in_order(queue, labels, -1)
     values = [_in_order(queue, v) for v in (log_total, d_nll)]
     dtype = _wide(head) if mesh_axes("batch") else head.dtype
-    if _by_kernel(hidden):
+    if by_kernel(hidden):
         here, banned = target - first_id(head.shape[0]), _banned_here(chunks, head)
         grads = hopper_head.gradients(x, head, here, *values, queue.count, banned, dtype=dtype)
     else:

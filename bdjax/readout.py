@@ -14,6 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bdjax import nll, stats
 from bdjax.parameters import Parameter, Role, Table
 from bdjax.sharding import mesh_axes, per_shard, reshard
+from pallas_kernels import hopper_stats
+
+# Up to here the kernel reads the head once for all rows, or nearly so.
+_KERNEL_ROWS = 512
 
 
 class Shaping(NamedTuple):
@@ -91,6 +95,28 @@ def readout_nll(readout, hidden, head, rows, labels, scored):
     return nll.scored_nll(readout.chunks, hidden, head, rows, labels, scored)
 
 
+def _by_kernel(x, keys) -> bool:
+    """Whether the chip's kernel may draw: for few rows, with the keys whose hash it knows."""
+    few = x.shape[0] <= _KERNEL_ROWS and jax.random.key_data(keys).shape[-1] == 2
+    return few and jax.random.key_impl(keys) == "threefry2x32" and nll.by_kernel(x)
+
+
+def _parts(readout: TokenReadout, x, head, scale, keys, bias) -> hopper_stats.Parts:
+    """Statistics of the tiles of this device's share of the head."""
+    rows = x.shape[0]
+    fill = (0, -rows % hopper_stats.ROWS)
+    parts = hopper_stats.statistics(
+        jnp.pad(x, (fill, (0, 0))),
+        head,
+        jnp.pad(scale, fill, constant_values=1.0),
+        jnp.pad(jax.random.key_data(keys), (fill, (0, 0))),
+        nll.first_id(head.shape[0]),
+        readout.banned,
+        bias,
+    )
+    return jax.tree.map(lambda value: value[:, :rows], parts)
+
+
 @partial(jax.jit, static_argnames="readout")
 def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
     """`TokenReadout.stats` as one named call in every program that draws tokens."""
@@ -114,7 +140,11 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
             temperature=scale,
             keys=keys.reshape(-1),
         )
-        drawn = stats.scan(vocabulary, filtered, readout.vocab_size)
+        if not filtered and _by_kernel(x, keys):
+            parts = _parts(readout, x, head, scale, keys.reshape(-1), shaping.bias)
+            drawn = stats.over_devices(vocabulary, stats.joined(parts, scale))
+        else:
+            drawn = stats.scan(vocabulary, filtered, readout.vocab_size)
         keep = None
         if filtered:
             top_k, top_p = (None if x is None else x.repeat(slots) for x in shaping[1:3])

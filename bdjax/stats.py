@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from pallas_kernels import hopper_stats
+
 # Top-k and top-p act on this many best ids; a larger nucleus costs further passes.
 CANDIDATES = 256
 _NONE = -1e30
@@ -128,7 +130,34 @@ def _leading(value, ids, count: int):
     return value, jnp.take_along_axis(ids, at, axis=1)
 
 
-def _over_devices(vocabulary: Vocabulary, scan: Scan) -> Scan:
+def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"]) -> Scan:
+    """The statistics of all ids out of those of the tiles of a head, whose ids rise."""
+
+    def pick(values, at):
+        return jnp.take_along_axis(values, at[None], axis=0)[0]
+
+    best, drawn = parts.top.argmax(axis=0), parts.drawn.argmax(axis=0)
+    top = pick(parts.top, best)
+    lead = parts.top - top
+    others = jnp.where(jnp.arange(lead.shape[0])[:, None] == best, parts.second, parts.top)
+    share = jnp.exp(lead)
+    return Scan(
+        Best(top, pick(parts.top_id, best), top * temperature),
+        others.max(axis=0),
+        (parts.total * share).sum(axis=0),
+        (parts.weighted * share).sum(axis=0),
+        (parts.raw_total * jnp.exp(lead * temperature)).sum(axis=0),
+        Best(
+            pick(parts.drawn, drawn),
+            pick(parts.drawn_id, drawn),
+            pick(parts.drawn_scaled, drawn) * temperature,
+        ),
+        None,
+    )
+
+
+def over_devices(vocabulary: Vocabulary, scan: Scan) -> Scan:
+    """Merges what each device found in its share of the ids."""
     for axis in vocabulary.axes:
         shares = jax.tree.map(lambda x: lax.all_gather(x, axis), scan)  # noqa: B023
         parts = [jax.tree.map(lambda x: x[i], shares) for i in range(lax.axis_size(axis))]  # noqa: B023
@@ -168,7 +197,7 @@ def scan(vocabulary: Vocabulary, filtered: bool, vocab_size: int) -> Scan:
     def visit(index, state):
         return _merge(state, part(index), vocabulary.temperature)
 
-    return _over_devices(vocabulary, lax.fori_loop(1, vocabulary.count, visit, part(0)))
+    return over_devices(vocabulary, lax.fori_loop(1, vocabulary.count, visit, part(0)))
 
 
 class Nucleus(NamedTuple):

@@ -230,7 +230,7 @@ def _banned_here(chunks: Chunks, head):
 
 def _queue(chunks: Chunks, hidden, rows, scored) -> Queue:
     """Kernels want rows filled up to their tiles, loops to chunks."""
-    chunk = hopper_head.TILE_ROWS if by_kernel(hidden) else min(chunks.rows, rows.size)
+    chunk = hopper_head.ROWS if by_kernel(hidden) else min(chunks.rows, rows.size)
     return queue_of(rows, scored, hidden.shape[1], chunk)
 
 

@@ -14,9 +14,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper_product as product
-from pallas_kernels.hopper_product import HALF, TILE_COLUMNS, TILE_ROWS, Operand
+from pallas_kernels.hopper_product import HALF, TILE_COLUMNS, Operand
 
 BANNED = -1e30
+# Rows are filled up to a multiple of this.
+ROWS = product.tall()
 _SPLITS = 33
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -45,7 +47,7 @@ def _allowed(logits, ids, columns: Columns):
 
 
 def _load(ref, first):
-    return plgpu.load(ref.at[pl.ds(first, HALF)], layout=_ROW, optimized=False)
+    return product.load(ref, first, HALF, _ROW)
 
 
 def check(width: int, dtype) -> None:
@@ -71,7 +73,7 @@ def statistics(
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
     """Largest logit, sum exp(logit - largest) and the target's logit of the first `count` rows.
 
-    n is a multiple of 128; rows from `count` on hold anything. A target that is no id picks 0.
+    n is a multiple of `ROWS`; rows from `count` on hold anything. A target that is no id picks 0.
     """
     check(x.shape[1], x.dtype)
     rows, width = x.shape
@@ -81,22 +83,21 @@ def statistics(
     steps = width // 64
 
     def body(x_ref, head_ref, target_ref, integers, top_ref, total_ref, picked_ref):
-        row_tiles = (integers[0] + TILE_ROWS - 1) // TILE_ROWS
+        row_tiles = _tiles(integers[0], product.tall())
         columns = Columns(integers[1], tuple(integers[2 + i] for i in range(len(banned))))
         items = product.own_share(row_tiles * splits)
 
         def item_of(index):
-            number = lax.axis_index("block") + index * product.BLOCKS
-            return product.grouped(number, row_tiles, splits)
+            return product.grouped(product.item_number(index), row_tiles, splits)
 
         def place(index):
             row, split = item_of(index // each)
-            return row * TILE_ROWS, (split * each + lax.rem(index, each)) * TILE_COLUMNS
+            return row * product.tall(), (split * each + lax.rem(index, each)) * TILE_COLUMNS
 
-        def compute(half, multiply, out):
+        def compute(half, offset, multiply, out):
             def item(index, _):
                 row, split = item_of(index)
-                first_row = row * TILE_ROWS + half * HALF
+                first_row = row * product.tall() + offset
                 target = _load(target_ref, first_row)
 
                 def tile(j, state):
@@ -147,12 +148,11 @@ def statistics(
 
 
 def _share(row_tiles, column_tiles, start=0):
-    """How many tiles this block takes, and their (first row, first column)."""
+    """How many tiles this block takes, and their cluster's (first row, first column)."""
 
     def place(index):
-        number = lax.axis_index("block") + index * product.BLOCKS
-        row, column = product.grouped(number, row_tiles, column_tiles)
-        return row * TILE_ROWS, start + column * TILE_COLUMNS
+        row, column = product.grouped(product.item_number(index), row_tiles, column_tiles)
+        return row * product.tall(), start + column * TILE_COLUMNS
 
     return product.own_share(row_tiles * column_tiles), place
 
@@ -160,10 +160,10 @@ def _share(row_tiles, column_tiles, start=0):
 def _each(items, place, step):
     """Computes one tile after the other: `step(index, first row of this half, first column)`."""
 
-    def compute(half, multiply, *scratch):
+    def compute(half, offset, multiply, *scratch):
         def item(index, _):
             row, column = place(index)
-            step(half, multiply, index, row + half * HALF, column, *scratch)
+            step(half, multiply, index, row + offset, column, *scratch)
 
         lax.fori_loop(0, items, item, None)
         plgpu.wait_smem_to_gmem(0)
@@ -188,8 +188,8 @@ def logit_gradients(
 ) -> Float[Array, "n size"]:
     """scale (exp(logit - log_total) - [id = target]) of ids first ... first + size - 1.
 
-    In the dtype of x. Only tiles of 128 rows by 256 ids that hold some of the first `count` rows
-    and some id are written; `first` and `size` are multiples of 256.
+    In the dtype of x. Only tiles of `ROWS` by 256 ids that hold some of the first `count` rows and
+    some id are written; `first` and `size` are multiples of 256.
     """
     rows, width = x.shape
 
@@ -197,7 +197,7 @@ def logit_gradients(
         columns = Columns(integers[1], tuple(integers[3 + i] for i in range(len(banned))))
         start = integers[2]
         ids = jnp.minimum(columns.limit - start, size)
-        row_tiles = _tiles(integers[0], TILE_ROWS)
+        row_tiles = _tiles(integers[0], product.tall())
         items, place = _share(row_tiles, _tiles(ids, TILE_COLUMNS), start)
 
         def step(half, multiply, index, row, column, box):
@@ -236,7 +236,7 @@ def add_row_gradients(d_logits: Float[Array, "n size"], head, d_x, count, first)
 
     def body(d_logits_ref, head_ref, integers, d_x_ref):
         steps = _tiles(jnp.minimum(integers[1] - integers[2], size), TILE_COLUMNS)
-        items, place = _share(_tiles(integers[0], TILE_ROWS), width // TILE_COLUMNS)
+        items, place = _share(_tiles(integers[0], product.tall()), width // TILE_COLUMNS)
 
         def step(half, multiply, index, row, column, box):
             part = multiply(index, lambda acc: acc)
@@ -259,7 +259,7 @@ def add_row_gradients(d_logits: Float[Array, "n size"], head, d_x, count, first)
 def set_head_gradients(d_logits: Float[Array, "n size"], x, d_head, count, first) -> None:
     """d_head[first : first + size] = d_logits[:count]^T @ x[:count], summed in float32.
 
-    `d_head` is a Ref of (V, D) in any float type. From `count` to the next multiple of 128, rows
+    `d_head` is a Ref of (V, D) in any float type. From `count` to the next multiple of 64, rows
     are read: `x` is finite there and d_logits zero.
     """
     size, width = d_logits.shape[1], x.shape[1]
@@ -267,7 +267,7 @@ def set_head_gradients(d_logits: Float[Array, "n size"], x, d_head, count, first
 
     def body(d_logits_ref, x_ref, integers, d_head_ref):
         ids = jnp.minimum(integers[1] - integers[2], size)
-        items, place = _share(_tiles(ids, TILE_ROWS), width // TILE_COLUMNS)
+        items, place = _share(_tiles(ids, product.tall()), width // TILE_COLUMNS)
 
         def step(half, multiply, index, row, column, box):
             part = multiply(index, lambda acc: acc.astype(dtype))
@@ -302,7 +302,7 @@ def gradients(
     """The gradients of sum(scale * nll) in rows (float32) and in the head (`dtype`).
 
     log_total: the log-sum-exp of each row's logits. From `count` on `scale` is zero and `x` finite.
-    n is a multiple of 128; `chunk` ids at a time, a multiple of 256, have logit gradients in
+    n is a multiple of `ROWS`; `chunk` ids at a time, a multiple of 256, have logit gradients in
     memory.
     """
     check(x.shape[1], x.dtype)

@@ -6,6 +6,7 @@ under way while the last one is finished. How many tiles there are may be data.
 """
 
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import NamedTuple
 
 import jax
@@ -21,9 +22,20 @@ _STEP = 64
 _STAGES = 4
 # Blocks of an H100; a chip with fewer runs the rest in a second wave.
 BLOCKS = 132
-_GROUP = 16
+# Blocks that take the tiles below each other and share the copies of the second operand.
+CLUSTER = 2
+_GROUP = 8
 # A row of a shared buffer that copies understand.
 _BYTES = 128
+
+
+# jax 0.10 wants an index with a load, 0.11 wants none.
+_WHOLE = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
+
+
+def load(ref, first, size: int, layout):
+    """`size` numbers from `first` on, out of global memory into registers."""
+    return plgpu.load(ref.at[pl.ds(first, size)], *_WHOLE, layout=layout, optimized=False)
 
 
 class Operand(NamedTuple):
@@ -64,8 +76,13 @@ def write(values: Float[Array, "64 256"], box, half, ref, row, column, reduction
         plgpu.copy_smem_to_gmem(box.at[half, slot], ref.at[rows, across], reduction_op=reduction)
 
 
+def tall() -> int:
+    """Rows of the tiles of a cluster together; operands are filled up to a multiple of it."""
+    return TILE_ROWS * CLUSTER
+
+
 def grouped(index, rows, columns):
-    """(row, column) of a tile: groups of 16 rows run through all columns, rows fastest.
+    """(row, column) of an item: groups of rows run through all columns, rows fastest.
 
     Blocks that run at one time then share their operands in the second-level cache.
     """
@@ -77,8 +94,14 @@ def grouped(index, rows, columns):
 
 
 def own_share(total):
-    """How many of `total` items this block takes: numbers block, block + BLOCKS, ..."""
-    return jnp.maximum(total - lax.axis_index("block") + BLOCKS - 1, 0) // BLOCKS
+    """How many of `total` items this cluster takes: `item_number` of 0, 1, ..."""
+    clusters = BLOCKS // CLUSTER
+    return jnp.maximum(total - lax.axis_index("cluster") + clusters - 1, 0) // clusters
+
+
+def item_number(index):
+    """Which of all items is the index-th of this cluster."""
+    return lax.axis_index("cluster") + index * (BLOCKS // CLUSTER)
 
 
 def _operand_buffer(operand: Operand, size: int):
@@ -98,14 +121,15 @@ def run(
 ):
     """Runs `compute` on the computing warpgroups while a third feeds them.
 
-    tiles: how many tiles this block visits; steps: chunks of 64 along the summed axis, at least 1;
-    `place(i)` -> first row of `a`, first row of `b` of the i-th. `compute(half, product, *scratch)`
-    is to call `product(i, finish)` for each i in order and gets what `finish(acc)` returns, acc of
-    64 x 256.
+    tiles: how many a block visits, the same in a cluster; steps: chunks of 64 along the summed
+    axis, at least 1; `place(i)` -> first row of `a`, first row of `b` of a cluster's i-th tiles,
+    together `tall()` x 256. `compute(half, offset, product, *scratch)` is to call
+    `product(i, finish)` for each i in order and gets what `finish(acc)` returns, acc of 64 x 256:
+    rows from `offset` on. half: 0 or 1.
     """
 
     def body(a_smem, b_smem, full, empty, *own):
-        group = lax.axis_index("warpgroup")
+        group, peer = lax.axis_index("warpgroup"), lax.axis_index("peer")
 
         def slot_of(step):
             return lax.rem(step, jnp.int32(_STAGES))
@@ -114,14 +138,16 @@ def run(
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
-            def copy(operand, size, first, k, target, barrier):
+            def copy(operand, size, first, k, target, barrier, **options):
                 start = pl.multiple_of(operand.start + k * _STEP, _STEP)
                 along, across = pl.ds(start, _STEP), pl.ds(pl.multiple_of(first, HALF), size)
                 at = (across, along) if operand.summed else (along, across)
-                plgpu.copy_gmem_to_smem(operand.ref.at[at], target, barrier)
+                plgpu.copy_gmem_to_smem(operand.ref.at[at], target, barrier, **options)
 
             def tile(i, _):
                 row, column = place(i)
+                row += peer * TILE_ROWS
+                shared = {"collective_axes": "peer"} if CLUSTER > 1 else {}
 
                 def step(k, _):
                     at = i * steps + k
@@ -132,7 +158,7 @@ def run(
                         plgpu.barrier_wait(empty.at[slot])
 
                     copy(a, TILE_ROWS, row, k, a_smem.at[slot], full.at[slot])
-                    copy(b, TILE_COLUMNS, column, k, b_smem.at[slot], full.at[slot])
+                    copy(b, TILE_COLUMNS, column, k, b_smem.at[slot], full.at[slot], **shared)
 
                 lax.fori_loop(0, steps, step, None)
 
@@ -172,28 +198,35 @@ def run(
                 shape = (HALF, TILE_COLUMNS)
                 return finish(pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32)))
 
-            compute(group, product, *own)
+            compute(group, peer * TILE_ROWS + group * HALF, product, *own)
+
+    freed = {"num_arrivals": 2, "num_barriers": _STAGES}
+    empty = plgpu.Barrier(**freed)
+    if CLUSTER > 1:
+        empty = plgpu.ClusterBarrier(collective_axes=("peer",), **freed)
 
     pl.run_scoped(
         body,
         _operand_buffer(a, TILE_ROWS),
         _operand_buffer(b, TILE_COLUMNS),
         plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        empty,
         *scratch,
         collective_axes="warpgroup",
     )
 
 
 def kernel(body, out_type, name: str):
-    """`body` over the blocks of a chip, three warpgroups each."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=(BLOCKS,),
-        grid_names=("block",),
+    """`body` over the blocks of a chip, three warpgroups each; operands may be Refs."""
+    # Not `plgpu.kernel`: its batching rule does not take Refs in jax 0.10.
+    mesh = plgpu.Mesh(
+        grid=(BLOCKS // CLUSTER,),
+        grid_names=("cluster",),
+        cluster=(CLUSTER,),
+        cluster_names=("peer",),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )
+    params = plgpu.CompilerParams(approx_math=True)
+    return pl.kernel(body, out_type, mesh=mesh, compiler_params=params, name=name)

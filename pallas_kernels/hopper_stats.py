@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels import hopper_product as product
 from pallas_kernels.hopper_head import BANNED, check
 
 ROWS = 64
@@ -150,7 +151,7 @@ def statistics(
                 return count + first
 
             def load(ref, row):
-                return plgpu.load(ref.at[pl.ds(row, ROWS)], layout=_ROW, optimized=False)
+                return product.load(ref, row, ROWS, _ROW)
 
             def item(index, _):
                 row, tile = place(index)
@@ -180,9 +181,7 @@ def statistics(
                 logits, *noise = pl.run_scoped(products, shape)
                 local = columns(first, width)
                 if bias is not None:
-                    extra = plgpu.load(
-                        bias_ref.at[pl.ds(first, width)], layout=_COLUMN, optimized=False
-                    )
+                    extra = product.load(bias_ref, first, width, _COLUMN)
                     logits += lax.broadcast_in_dim(extra, logits.shape, (1,))
                 allowed = local < ids
                 for i in range(len(banned)):

@@ -119,7 +119,7 @@ def _copy_out(real):
 def interpreted(detect_races: bool = True):
     """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
     params = InterpretGPUParams(detect_races=detect_races)
-    kernel, arrive = plgpu.kernel, plgpu.barrier_arrive
+    kernel, over_mesh, arrive = plgpu.kernel, pl.kernel, plgpu.barrier_arrive
 
     def ordered_arrive(barrier):
         plgpu.commit_smem()
@@ -128,6 +128,7 @@ def interpreted(detect_races: bool = True):
     with contextlib.ExitStack() as stack:
         for module, name, new in (
             (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
+            (pl, "kernel", lambda *args, **options: over_mesh(*args, **options, interpret=params)),
             (plgpu, "barrier_arrive", ordered_arrive),
             (plgpu, "ACC", _Accumulator),
             (plgpu, "wgmma", _wgmma),

@@ -10,6 +10,7 @@ inputs and outputs. Cases run in the order of their weight until the seconds are
 """
 
 import argparse
+import runpy
 import sys
 import time
 import traceback
@@ -74,8 +75,10 @@ def distance(a, b) -> float:
 
 
 def on(kernels: bool) -> None:
-    """Whether the readout may use the chip's kernels."""
+    """Whether the readout may use the chip's kernels. Raises where there are none."""
     nll.device_kind = KIND if kernels else lambda: "without kernels"
+    if kernels and not nll.by_kernel(jnp.zeros((1, 256), jnp.bfloat16)):
+        raise NotImplementedError(f"no kernels for {KIND()}")
 
 
 class Training:
@@ -329,20 +332,24 @@ def cases(case: Training, args):
         on(True)
         hopper_head.gradients = partial(kernel_gradients, chunk=chunk)
         name = f"kernels, chunks of {chunk} ids"
-        case.contest(name, partial(nll.scored_nll, chunks), results["four"], counts)
-        hopper_head.gradients = kernel_gradients
+        try:
+            case.contest(name, partial(nll.scored_nll, chunks), results["four"], counts)
+        finally:
+            hopper_head.gradients = kernel_gradients
 
-    def grouped(group):
-        hopper_product._GROUP, before = group, hopper_product._GROUP
-        say(f"groups of {group} row tiles", "")
-        pieces(case, 2048)
-        hopper_product._GROUP = before
+    def varied(module, name, value):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        say(f"{name} = {value} instead of {before}", "")
+        try:
+            pieces(case, 2048)
+        finally:
+            setattr(module, name, before)
 
-    def old():
-        import old_readout
-
-        it = old_readout.TokenReadout(vocab_size=case.vocab, width=args.width, banned=chunks.banned)
-        case.contest("before", partial(old_readout._scored_nll, it), results["four"])
+    def before():
+        earlier = runpy.run_path(args.before, run_name="earlier_readout")
+        it = earlier["TokenReadout"](vocab_size=case.vocab, width=args.width, banned=chunks.banned)
+        case.contest(args.before, partial(earlier["_scored_nll"], it), results["four"])
 
     def sampling(slots, name, kernels, **options):
         on(kernels)
@@ -356,18 +363,22 @@ def cases(case: Training, args):
     yield lambda: kernels(2048, (args.rows // 2, 1000))
     yield lambda: pieces(case, 2048)
     yield lambda: results.update(read=reading(case))
-    yield lambda: tiles(64, 144, 96, 120)
+    yield lambda: tiles(64, 144, 96)
     yield lambda: sampling(64, "kernel", True)
-    yield lambda: kernels(4096)
+    if args.before:
+        yield before
     yield lambda: plain(2048, 8192)
-    yield old
+    yield lambda: varied(hopper_product, "CLUSTER", 1)
+    yield lambda: kernels(4096)
     yield lambda: sampling(64, "XLA", False)
+    yield lambda: varied(hopper_product, "_GROUP", 4)
+    yield lambda: varied(hopper_product, "_GROUP", 16)
     yield lambda: sampling(256, "kernel", True)
     yield lambda: sampling(64, "XLA, half the ids at a time", False, chunk=75_968)
     yield lambda: sampling(64, "XLA, top-k", False, top_k=20)
-    yield lambda: grouped(8)
     yield lambda: pieces(case, 4096)
     yield lambda: plain(4096, 4096)
+    yield lambda: tiles(64, 120, 168)
     yield lambda: sampling(64, "XLA, top-k, half the ids", False, chunk=75_968, top_k=20)
     yield lambda: sampling(256, "XLA", False)
     yield lambda: plain(1024, 8192)
@@ -382,6 +393,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=85, help="no case starts later")
+    parser.add_argument("--before", help="a readout.py of before `bdjax.nll`, to compare with")
     parser.add_argument("--skip", type=int, nargs="*", default=[], help="numbers of cases")
     args = parser.parse_args()
     device = jax.devices()[0]

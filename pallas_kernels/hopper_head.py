@@ -69,7 +69,7 @@ def statistics(
     head: Float[Array, "V D"],
     target: Int[Array, "n"],
     count: Int[Array, ""],
-    banned: tuple[Int[Array, ""], ...] = (),
+    banned: tuple[Int[Array, ""] | int, ...] = (),
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
     """Largest logit, sum exp(logit - largest) and the target's logit of the first `count` rows.
 
@@ -184,7 +184,7 @@ def logit_gradients(
     count: Int[Array, ""],
     first: Int[Array, ""],
     size: int,
-    banned: tuple[Int[Array, ""], ...] = (),
+    banned: tuple[Int[Array, ""] | int, ...] = (),
 ) -> Float[Array, "n size"]:
     """scale (exp(logit - log_total) - [id = target]) of ids first ... first + size - 1.
 
@@ -294,7 +294,7 @@ def gradients(
     log_total: Float[Array, "n"],
     scale: Float[Array, "n"],
     count: Int[Array, ""],
-    banned: tuple[Int[Array, ""], ...] = (),
+    banned: tuple[Int[Array, ""] | int, ...] = (),
     *,
     dtype,
     chunk: int = 2048,

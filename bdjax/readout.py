@@ -142,7 +142,8 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         )
         if not filtered and _by_kernel(x, keys):
             parts = _parts(readout, x, head, scale, keys.reshape(-1), shaping.bias)
-            drawn = stats.over_devices(vocabulary, stats.joined(parts, scale))
+            here = stats.joined(parts, scale, nll.first_id(head.shape[0]))
+            drawn = stats.over_devices(vocabulary, here)
         else:
             drawn = stats.scan(vocabulary, filtered, readout.vocab_size)
         keep = None

@@ -130,30 +130,44 @@ def _leading(value, ids, count: int):
     return value, jnp.take_along_axis(ids, at, axis=1)
 
 
-def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"]) -> Scan:
-    """The statistics of all ids out of those of the tiles of a head, whose ids rise."""
+def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"], first_id) -> Scan:
+    """Statistics out of those of a head's tiles, as one reduction; the head starts at first_id."""
 
-    def pick(values, at):
-        return jnp.take_along_axis(values, at[None], axis=0)[0]
+    def merge(*both):
+        # Every part's temperature is that of its row, but for the start's, which is 0.
+        scale = jnp.maximum(both[9], both[19])
+        a, b = (_scan_of(hopper_stats.Parts(*x), scale) for x in (both[:9], both[10:19]))
+        whole = _merge(a, b, scale)
+        return *_parts_of(whole), scale
 
-    best, drawn = parts.top.argmax(axis=0), parts.drawn.argmax(axis=0)
-    top = pick(parts.top, best)
-    lead = parts.top - top
-    others = jnp.where(jnp.arange(lead.shape[0])[:, None] == best, parts.second, parts.top)
-    share = jnp.exp(lead)
+    operands = *parts, jnp.broadcast_to(temperature, parts.top.shape)
+    least = {"top": 2 * _NONE, "second": 2 * _NONE, "drawn": 2 * _NONE}
+    start = [least.get(name, 0) for name in (*parts._fields, "temperature")]
+    start = [jnp.asarray(x, y.dtype) for x, y in zip(start, operands, strict=True)]
+    whole = lax.reduce(operands, tuple(start), lambda a, b: merge(*a, *b), (0,))
+    scan = _scan_of(hopper_stats.Parts(*whole[:9]), temperature)
+
+    def named(best: Best, logit) -> Best:
+        return Best(best.value, best.token.astype(jnp.int32) + first_id, logit)
+
+    drawn = named(scan.drawn, scan.drawn.logit * temperature)
+    return scan._replace(top=named(scan.top, scan.top.logit), drawn=drawn)
+
+
+def _scan_of(parts: hopper_stats.Parts, temperature) -> Scan:
     return Scan(
-        Best(top, pick(parts.top_id, best), top * temperature),
-        others.max(axis=0),
-        (parts.total * share).sum(axis=0),
-        (parts.weighted * share).sum(axis=0),
-        (parts.raw_total * jnp.exp(lead * temperature)).sum(axis=0),
-        Best(
-            pick(parts.drawn, drawn),
-            pick(parts.drawn_id, drawn),
-            pick(parts.drawn_scaled, drawn) * temperature,
-        ),
+        Best(parts.top, parts.top_id, parts.top * temperature),
+        parts.second,
+        parts.total,
+        parts.weighted,
+        parts.raw_total,
+        Best(parts.drawn, parts.drawn_id, parts.drawn_scaled),
         None,
     )
+
+
+def _parts_of(scan: Scan) -> hopper_stats.Parts:
+    return hopper_stats.Parts(*scan.top[:2], *scan[1:5], *scan.drawn)
 
 
 def over_devices(vocabulary: Vocabulary, scan: Scan) -> Scan:

@@ -6,7 +6,6 @@ under way while the last one is finished. How many tiles there are may be data.
 """
 
 from collections.abc import Callable
-from inspect import Parameter, signature
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ _BYTES = 128
 
 
 # jax 0.10 wants an index with a load, 0.11 wants none.
-_WHOLE = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
+_WHOLE = () if jax.__version_info__ >= (0, 11) else ((),)
 
 
 def load(ref, first, size: int, layout):

@@ -33,19 +33,19 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 class Parts(NamedTuple):
     """Of every tile of ids; scaled logits s = logit / temperature.
 
-    top: largest s and its id; second: second largest. total = sum exp(s - top), weighted =
-    sum s exp(s - top), raw_total = sum exp((s - top) temperature). drawn: largest s + Gumbel noise,
-    its id and its s.
+    Ids are places in the head, as floats. top: largest s and its id; second: second largest.
+    total = sum exp(s - top), weighted = sum s exp(s - top), raw_total = sum exp((s - top)
+    temperature). drawn: largest s + Gumbel noise, its id and its s.
     """
 
     top: Float[Array, "tiles n"]
-    top_id: Int[Array, "tiles n"]
+    top_id: Float[Array, "tiles n"]
     second: Float[Array, "tiles n"]
     total: Float[Array, "tiles n"]
     weighted: Float[Array, "tiles n"]
     raw_total: Float[Array, "tiles n"]
     drawn: Float[Array, "tiles n"]
-    drawn_id: Int[Array, "tiles n"]
+    drawn_id: Float[Array, "tiles n"]
     drawn_scaled: Float[Array, "tiles n"]
 
 
@@ -99,8 +99,8 @@ def statistics(
 ) -> Parts:
     """Statistics of the logits x @ head^T + bias, tile by tile; n is a multiple of 64.
 
-    head is a share of a vocabulary that starts at `first_id`; ids returned, `banned` and the
-    noise's are the vocabulary's. Raises NotImplementedError for widths and dtypes not served.
+    head is a share of a vocabulary that starts at `first_id`; `banned` and the noise's ids are the
+    vocabulary's. Raises NotImplementedError for widths and dtypes not served.
     """
     check(x.shape[1], x.dtype)
     rows, ids = x.shape[0], head.shape[0]
@@ -110,7 +110,7 @@ def statistics(
     pieces = width // _PIECE
     fields = len(Parts._fields)
 
-    def body(x_ref, head_ref, scale_ref, first_ref, second_ref, bias_ref, integers, out_ref):
+    def body(x_ref, head_ref, scale_ref, first_ref, second_ref, bias_ref, integers, *out_refs):
         def run(x_smem, head_smem, out_smem, full):
             group = lax.axis_index("warpgroup")
             worker = lax.axis_index("block") + group * BLOCKS
@@ -212,20 +212,22 @@ def statistics(
                     value = own_value if value is None else jnp.maximum(value, own_value)
                 part = Parts(
                     top,
-                    top_name,
+                    -top_name,
                     others.max(axis=1),
                     share.sum(axis=1),
                     (share * jnp.where(share > 0, scaled, 0.0)).sum(axis=1),
                     jnp.exp(lead * spread(scale)).sum(axis=1),
                     drawn,
-                    name,
+                    -name,
                     value,
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for i, vector in enumerate(part):
                     out_smem[group, i] = vector
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[tile, :, pl.ds(row, ROWS)])
+                for i, ref in enumerate(out_refs):
+                    there = ref.at[tile, pl.ds(row, ROWS)]
+                    plgpu.copy_smem_to_gmem(out_smem.at[group, i], there)
 
             for step in range(_STAGES):
                 copy(jnp.int32(step))
@@ -248,7 +250,7 @@ def statistics(
     integers = [jnp.asarray(first_id, jnp.int32), *(jnp.int32(i) - first_id for i in banned)]
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tiles, fields, rows), jnp.float32),
+        out_type=[jax.ShapeDtypeStruct((tiles, rows), jnp.float32)] * fields,
         grid=(BLOCKS,),
         grid_names=("block",),
         num_threads=_WARPGROUPS,
@@ -256,7 +258,4 @@ def statistics(
         kernel_name="head_sampling_statistics",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    out = run(x, head, temperature, keys[:, 0], keys[:, 1], extra, jnp.stack(integers))
-    parts = Parts(*(out[:, i] for i in range(fields)))
-    name = lambda x: first_id - x.astype(jnp.int32)  # noqa: E731
-    return parts._replace(top_id=name(parts.top_id), drawn_id=name(parts.drawn_id))
+    return Parts(*run(x, head, temperature, keys[:, 0], keys[:, 1], extra, jnp.stack(integers)))

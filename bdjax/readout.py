@@ -9,17 +9,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bdjax import stats
+from bdjax import nll, stats
 from bdjax.parameters import Parameter, Role, Table
-from bdjax.sharding import mesh_axes, per_shard, psum, reshard
+from bdjax.sharding import mesh_axes, per_shard, reshard
+from pallas_kernels import hopper_stats
 
-_ROWS = ("batch", "length")
-_HIDDEN = (*_ROWS, "embed")
-_HEAD = ("vocab", "embed")
-_BANNED = -1e30
+# Up to here the kernel reads the head once for all rows, or nearly so.
+_KERNEL_ROWS = 512
 
 
 class Shaping(NamedTuple):
@@ -51,6 +49,11 @@ class TokenReadout:
     row_chunk: int = 1024
     vocab_chunk: int = 8192
 
+    @property
+    def chunks(self) -> nll.Chunks:
+        """What `bdjax.nll` needs to know."""
+        return nll.Chunks(self.banned, self.row_chunk, self.vocab_chunk)
+
     def table(self) -> Table:
         """The head's matrix, nothing if tied."""
         if self.tied:
@@ -62,7 +65,7 @@ class TokenReadout:
 
     def matrix(self, params, dtype) -> Float[Array, "V D"]:
         """The head in the dtype of the hidden rows, gathered over fsdp."""
-        return reshard(params["embed" if self.tied else "head"].astype(dtype), *_HEAD)
+        return reshard(params["embed" if self.tied else "head"].astype(dtype), *nll.HEAD)
 
     def nll(
         self,
@@ -74,8 +77,8 @@ class TokenReadout:
     ) -> Float[Array, "B R"]:
         """-log p(labels[b, r] | hidden[b, rows[b, r]]) in nats, 0 where not `scored`.
 
-        Work follows the number of scored entries: they are sorted to the front on each device and a
-        loop with a traced trip count visits ceil(count / row_chunk) chunks, forward and backward.
+        Work follows the number of scored entries: they are sorted to the front on each device and
+        loops with traced trip counts visit ceil(count / row_chunk) chunks, forward and backward.
         """
         return readout_nll(self, hidden, self.matrix(params, hidden.dtype), rows, labels, scored)
 
@@ -86,169 +89,32 @@ class TokenReadout:
         return readout_stats(self, hidden, self.matrix(params, hidden.dtype), shaping, keys)
 
 
-def _offset(local: int):
-    """First vocabulary id of this device's share of the head."""
-    axes = mesh_axes("vocab")
-    return lax.axis_index(axes) * local if axes else 0
-
-
-def _chunks(readout: TokenReadout, head: Float[Array, "v D"], bias=None):
-    """Number of vocabulary chunks and a reader of them: index -> rows, ids, their additive bias.
-
-    The last chunk is shifted left to end with the share; ids seen before get bias _BANNED.
-    """
-    local = head.shape[0]
-    size = min(readout.vocab_chunk, local)
-
-    def read(index):
-        start = jnp.minimum(index * size, local - size)
-        column = start + jnp.arange(size)
-        ids = column + _offset(local)
-        fresh = column >= index * size
-        allowed = fresh
-        for banned in readout.banned:
-            allowed &= ids != banned
-        extra = jnp.where(allowed, 0.0, _BANNED)
-        if bias is not None:
-            extra += lax.dynamic_slice_in_dim(bias, start, size)
-        return start, lax.dynamic_slice_in_dim(head, start, size), ids, extra, fresh
-
-    return -(-local // size), read
-
-
-def _logits(x, weight, extra):
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("rd,vd->rv", x, weight, preferred_element_type=wide) + extra
-
-
-class _Queue(NamedTuple):
-    """Scored entries first: `order` lists entries, `row` says where each one's hidden row is."""
-
-    order: Int[Array, "n"]
-    row: Int[Array, "m"]
-    trips: Int[Array, ""]
-
-
-def _queue(readout: TokenReadout, rows, scored, length: int) -> _Queue:
-    entries = rows.size
-    chunk = min(readout.row_chunk, entries)
-    row = (jnp.arange(rows.shape[0])[:, None] * length + rows).reshape(-1)
-    order = jnp.argsort(~scored.reshape(-1), stable=True)
-    order = jnp.pad(order, (0, -entries % chunk), constant_values=entries)
-    return _Queue(order, row, -(-scored.sum() // chunk))
-
-
-def _take(queue: _Queue, chunk: int, index, *flat):
-    ids = lax.dynamic_slice_in_dim(queue.order, index * chunk, chunk)
-    return ids, *(x.at[ids].get(mode="fill", fill_value=0) for x in flat)
-
-
-def _nll_forward(readout: TokenReadout, hidden, head, rows, labels, scored):
-    batch, length, width = hidden.shape
-    flat, label = hidden.reshape(-1, width), labels.reshape(-1)
-    queue = _queue(readout, rows, scored, length)
-    chunk = min(readout.row_chunk, rows.size)
-    count, read = _chunks(readout, head)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-
-    def visit(index, results):
-        ids, row, target = _take(queue, chunk, index, queue.row, label)
-        x = flat[row]
-
-        def over_vocabulary(j, state):
-            top, total, picked = state
-            _, weight, columns, extra, fresh = read(j)
-            logits = _logits(x, weight, extra)
-            new_top = jnp.maximum(top, logits.max(axis=1))
-            total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
-            hit = (columns == target[:, None]) & fresh
-            return new_top, total, picked + jnp.where(hit, logits, 0.0).sum(axis=1)
-
-        start = (
-            jnp.full((chunk,), _BANNED, wide),
-            jnp.zeros((chunk,), wide),
-            jnp.zeros((chunk,), wide),
-        )
-        state = lax.fori_loop(0, count, over_vocabulary, start)
-        return tuple(r.at[ids].set(s, mode="drop") for r, s in zip(results, state, strict=True))
-
-    empty = tuple(jnp.zeros((rows.size,), wide) for _ in range(3))
-    top, total, picked = lax.fori_loop(0, queue.trips, visit, empty)
-    axes = mesh_axes("vocab")
-    if axes:
-        highest = lax.pmax(top, axes)
-        total = lax.psum(total * jnp.exp(top - highest), axes)
-        top, picked = highest, lax.psum(picked, axes)
-    done = scored.reshape(-1)
-    lse = jnp.where(done, top + jnp.log(jnp.where(done, total, 1.0)), 0.0)
-    nll = jnp.where(done, lse - picked, 0.0)
-    return nll.reshape(rows.shape), lse.reshape(rows.shape)
-
-
-def _nll_backward(readout: TokenReadout, hidden, head, rows, labels, scored, lse, d_nll):
-    """d logits = d_nll (softmax - onehot), chunk by chunk; sums over devices after the loop."""
-    batch, length, width = hidden.shape
-    flat = hidden.reshape(-1, width)
-    queue = _queue(readout, rows, scored, length)
-    chunk = min(readout.row_chunk, rows.size)
-    count, read = _chunks(readout, head)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    grad, done = jnp.where(scored, d_nll, 0.0).reshape(-1), scored.reshape(-1)
-
-    def visit(index, grads):
-        d_hidden, d_head = grads
-        taken = _take(queue, chunk, index, queue.row, labels.reshape(-1), lse.reshape(-1), grad)
-        ids, row, target, log_total, g = taken
-        # The last chunk is filled with entries that are not scored: 0 * inf would be NaN.
-        live = done.at[ids].get(mode="fill", fill_value=False)[:, None]
-        x = jnp.where(live, flat[row], 0)
-
-        def over_vocabulary(j, state):
-            d_x, d_head = state
-            start, weight, columns, extra, fresh = read(j)
-            share = jnp.exp(_logits(x, weight, extra) - log_total[:, None])
-            hit = (columns == target[:, None]) & fresh
-            d_logits = (g[:, None] * (share - hit)).astype(x.dtype)
-            d_x += jnp.einsum("rv,vd->rd", d_logits, weight, preferred_element_type=wide)
-            part = jnp.einsum("rv,rd->vd", d_logits, x, preferred_element_type=wide)
-            old = lax.dynamic_slice_in_dim(d_head, start, part.shape[0])
-            return d_x, lax.dynamic_update_slice_in_dim(d_head, old + part, start, axis=0)
-
-        d_x, d_head = lax.fori_loop(0, count, over_vocabulary, (jnp.zeros(x.shape, wide), d_head))
-        return d_hidden.at[row].add(jnp.where(live, d_x, 0.0)), d_head
-
-    zeros = jnp.zeros(flat.shape, wide), jnp.zeros(head.shape, wide)
-    d_hidden, d_head = lax.fori_loop(0, queue.trips, visit, zeros)
-    d_hidden = psum(d_hidden.reshape(hidden.shape), ("vocab",))
-    return d_hidden.astype(hidden.dtype), psum(d_head, ("batch",)).astype(head.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored_nll(readout, hidden, head, rows, labels, scored):
-    return _scored_nll_fwd(readout, hidden, head, rows, labels, scored)[0]
-
-
-def _scored_nll_fwd(readout, hidden, head, rows, labels, scored):
-    run = per_shard(
-        partial(_nll_forward, readout), (_HIDDEN, _HEAD, _ROWS, _ROWS, _ROWS), (_ROWS, _ROWS)
-    )
-    nll, lse = run(hidden, head, rows, labels, scored)
-    return nll, (hidden, head, rows, labels, scored, lse)
-
-
-def _scored_nll_bwd(readout, residuals, d_nll):
-    specs = (_HIDDEN, _HEAD, _ROWS, _ROWS, _ROWS, _ROWS, _ROWS)
-    run = per_shard(partial(_nll_backward, readout), specs, (_HIDDEN, _HEAD))
-    return (*run(*residuals, d_nll), None, None, None)
-
-
-_scored_nll.defvjp(_scored_nll_fwd, _scored_nll_bwd)
-
-
 @partial(jax.jit, static_argnames="readout")
 def readout_nll(readout, hidden, head, rows, labels, scored):
     """`TokenReadout.nll` as one named call in every program that scores tokens."""
-    return _scored_nll(readout, hidden, head, rows, labels, scored)
+    return nll.scored_nll(readout.chunks, hidden, head, rows, labels, scored)
+
+
+def _by_kernel(x, keys) -> bool:
+    """Whether the chip's kernel may draw: for few rows, with the keys whose hash it knows."""
+    few = x.shape[0] <= _KERNEL_ROWS and jax.random.key_data(keys).shape[-1] == 2
+    return few and jax.random.key_impl(keys) == "threefry2x32" and nll.by_kernel(x)
+
+
+def _parts(readout: TokenReadout, x, head, scale, keys, bias) -> hopper_stats.Parts:
+    """Statistics of the tiles of this device's share of the head."""
+    rows = x.shape[0]
+    fill = (0, -rows % hopper_stats.ROWS)
+    parts = hopper_stats.statistics(
+        jnp.pad(x, (fill, (0, 0))),
+        head,
+        jnp.pad(scale, fill, constant_values=1.0),
+        jnp.pad(jax.random.key_data(keys), (fill, (0, 0))),
+        nll.first_id(head.shape[0]),
+        readout.banned,
+        bias,
+    )
+    return jax.tree.map(lambda value: value[:, :rows], parts)
 
 
 @partial(jax.jit, static_argnames="readout")
@@ -261,11 +127,11 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         slots = hidden.shape[1]
         temperature = shaping.temperature.reshape(-1)
         scale = jnp.where(temperature > 0, temperature, 1.0)
-        count, read = _chunks(readout, head, shaping.bias)
+        count, read = nll.over_ids(readout.chunks, head, shaping.bias)
 
         def chunk(index):
             _, weight, ids, extra, _ = read(index)
-            return ids, _logits(x, weight, extra)
+            return ids, nll.logits_of(x, weight, extra)
 
         vocabulary = stats.Vocabulary(
             count=count,
@@ -274,7 +140,12 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
             temperature=scale,
             keys=keys.reshape(-1),
         )
-        drawn = stats.scan(vocabulary, filtered, readout.vocab_size)
+        if not filtered and _by_kernel(x, keys):
+            parts = _parts(readout, x, head, scale, keys.reshape(-1), shaping.bias)
+            here = stats.joined(parts, scale, nll.first_id(head.shape[0]))
+            drawn = stats.over_devices(vocabulary, here)
+        else:
+            drawn = stats.scan(vocabulary, filtered, readout.vocab_size)
         keep = None
         if filtered:
             top_k, top_p = (None if x is None else x.repeat(slots) for x in shaping[1:3])
@@ -282,7 +153,7 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         result = stats.summarise(drawn, keep, temperature)
         return jax.tree.map(lambda x: x.reshape(hidden.shape[:2]), result)
 
-    slot, row = ("batch", "length"), ("batch",)
+    slot, row = nll.ROWS, ("batch",)
     shapes = Shaping(
         slot,
         None if shaping.top_k is None else row,
@@ -290,4 +161,4 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         None if shaping.bias is None else ("vocab",),
     )
     each = stats.Stats(*[slot] * len(stats.Stats._fields))
-    return per_shard(run, (_HIDDEN, _HEAD, shapes, slot), each)(hidden, head, shaping, keys)
+    return per_shard(run, (nll.HIDDEN, nll.HEAD, shapes, slot), each)(hidden, head, shaping, keys)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from pallas_kernels import hopper_stats
+
 # Top-k and top-p act on this many best ids; a larger nucleus costs further passes.
 CANDIDATES = 256
 _NONE = -1e30
@@ -128,7 +130,48 @@ def _leading(value, ids, count: int):
     return value, jnp.take_along_axis(ids, at, axis=1)
 
 
-def _over_devices(vocabulary: Vocabulary, scan: Scan) -> Scan:
+def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"], first_id) -> Scan:
+    """Statistics out of those of a head's tiles, as one reduction; the head starts at first_id."""
+
+    def merge(*both):
+        # Every part's temperature is that of its row, but for the start's, which is 0.
+        scale = jnp.maximum(both[9], both[19])
+        a, b = (_scan_of(hopper_stats.Parts(*x), scale) for x in (both[:9], both[10:19]))
+        whole = _merge(a, b, scale)
+        return *_parts_of(whole), scale
+
+    operands = *parts, jnp.broadcast_to(temperature, parts.top.shape)
+    least = {"top": 2 * _NONE, "second": 2 * _NONE, "drawn": 2 * _NONE}
+    start = [least.get(name, 0) for name in (*parts._fields, "temperature")]
+    start = [jnp.asarray(x, y.dtype) for x, y in zip(start, operands, strict=True)]
+    whole = lax.reduce(operands, tuple(start), lambda a, b: merge(*a, *b), (0,))
+    scan = _scan_of(hopper_stats.Parts(*whole[:9]), temperature)
+
+    def named(best: Best, logit) -> Best:
+        return Best(best.value, best.token.astype(jnp.int32) + first_id, logit)
+
+    drawn = named(scan.drawn, scan.drawn.logit * temperature)
+    return scan._replace(top=named(scan.top, scan.top.logit), drawn=drawn)
+
+
+def _scan_of(parts: hopper_stats.Parts, temperature) -> Scan:
+    return Scan(
+        Best(parts.top, parts.top_id, parts.top * temperature),
+        parts.second,
+        parts.total,
+        parts.weighted,
+        parts.raw_total,
+        Best(parts.drawn, parts.drawn_id, parts.drawn_scaled),
+        None,
+    )
+
+
+def _parts_of(scan: Scan) -> hopper_stats.Parts:
+    return hopper_stats.Parts(*scan.top[:2], *scan[1:5], *scan.drawn)
+
+
+def over_devices(vocabulary: Vocabulary, scan: Scan) -> Scan:
+    """Merges what each device found in its share of the ids."""
     for axis in vocabulary.axes:
         shares = jax.tree.map(lambda x: lax.all_gather(x, axis), scan)  # noqa: B023
         parts = [jax.tree.map(lambda x: x[i], shares) for i in range(lax.axis_size(axis))]  # noqa: B023
@@ -168,7 +211,7 @@ def scan(vocabulary: Vocabulary, filtered: bool, vocab_size: int) -> Scan:
     def visit(index, state):
         return _merge(state, part(index), vocabulary.temperature)
 
-    return _over_devices(vocabulary, lax.fori_loop(1, vocabulary.count, visit, part(0)))
+    return over_devices(vocabulary, lax.fori_loop(1, vocabulary.count, visit, part(0)))
 
 
 class Nucleus(NamedTuple):

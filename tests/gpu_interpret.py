@@ -2,10 +2,9 @@
 the tensor core's products put in its place.
 
 The interpreter knows no accumulators that are carried (`pl.run_state`) and no operand in
-registers. While a kernel is traced here, an accumulator is a plain value, a product is added to it
-at once, and layouts, which the interpreter does not model, are left out. A product reads shared
-memory the way copies write it, not as loads do: a warpgroup's reads are ordered so before it frees
-a buffer.
+registers. While a kernel is traced here, an accumulator is a plain value or a buffer, a product is
+added to it at once, and layouts, which the interpreter does not model, are left out. A warpgroup's
+reads are ordered before what copies write after it frees a buffer.
 """
 
 import contextlib
@@ -18,6 +17,9 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state.types import TransformedRef
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Warpgroups, rows and columns: room for every kernel's accumulator.
+_ACCUMULATORS = (4, 128, 256)
 
 
 class _Accumulator:
@@ -53,7 +55,12 @@ def _wgmma(accumulator, a, b):
     product = jnp.dot(
         _read(a).astype(jnp.float32), _read(b).astype(jnp.float32), precision="highest"
     )
-    accumulator.value = accumulator.value + product
+    # The tensor core reads through the proxy that copies write through: no fence is between them.
+    plgpu.commit_smem()
+    if isinstance(accumulator, _Accumulator):
+        accumulator.value = accumulator.value + product
+    else:
+        accumulator[...] += product
 
 
 def _run_state(body):
@@ -66,20 +73,58 @@ def _run_state(body):
 
 
 def _run_scoped(real):
+    """A declared accumulator is a buffer of its warpgroup where a kernel declares its own shared
+    memory, so that loops may close over it; elsewhere, or with others, it is a value.
+
+    The interpreter knows shared allocations alone. One that all warpgroups make gets another beside
+    it, of which every warpgroup has an accumulator's share.
+    """
+    shares = []
+
     def run(body, *types, **options):
-        if not any(isinstance(t, _Accumulator) for t in types):
+        if any(isinstance(t, _Accumulator) for t in types):
+            if len(types) > 1 or not shares:
+                zeros = (jnp.zeros(t.shape, jnp.float32) for t in types)
+                return body(*(_Accumulator.init(zero) for zero in zeros))
+            ((buffer, thread),), shape = shares, types[0].shape
+            share = buffer.at[lax.axis_index(thread), : shape[0], : shape[1]]
+            # A zero that is traced: kernels close over no arrays.
+            zero = (lax.axis_index(thread) * 0).astype(jnp.float32)
+            share[...] = lax.broadcast_in_dim(zero, shape, ())
+            return body(share)
+        if options.get("collective_axes") is None or shares:
             return real(body, *types, **options)
-        assert all(isinstance(t, _Accumulator) for t in types)
-        return body(*(_Accumulator.init(jnp.zeros(t.shape, jnp.float32)) for t in types))
+
+        def with_shares(buffer, *refs):
+            shares.append((buffer, options["collective_axes"]))
+            try:
+                return body(*refs)
+            finally:
+                shares.pop()
+
+        return real(with_shares, plgpu.SMEM(_ACCUMULATORS, jnp.float32), *types, **options)
 
     return run
+
+
+def _copy_out(real):
+    """The interpreter has no copies that add."""
+
+    def copy(source, target, *, reduction_op=None, **options):
+        if reduction_op is not None:
+            assert reduction_op == "add"
+            source[...] += target[...]
+            plgpu.commit_smem()
+        real(source, target, **options)
+
+    return copy
 
 
 @contextlib.contextmanager
 def interpreted(detect_races: bool = True):
     """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
     params = InterpretGPUParams(detect_races=detect_races)
-    kernel, arrive = plgpu.kernel, plgpu.barrier_arrive
+    kernel, over_mesh, arrive = plgpu.kernel, pl.kernel, plgpu.barrier_arrive
 
     def ordered_arrive(barrier):
         plgpu.commit_smem()
@@ -88,6 +133,7 @@ def interpreted(detect_races: bool = True):
     with contextlib.ExitStack() as stack:
         for module, name, new in (
             (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
+            (pl, "kernel", lambda *args, **options: over_mesh(*args, **options, interpret=params)),
             (plgpu, "barrier_arrive", ordered_arrive),
             (plgpu, "ACC", _Accumulator),
             (plgpu, "wgmma", _wgmma),
@@ -101,6 +147,7 @@ def interpreted(detect_races: bool = True):
                 "broadcasted_iota",
                 lambda dtype, shape, axis, **options: lax.broadcasted_iota(dtype, shape, axis),
             ),
+            (plgpu, "copy_smem_to_gmem", _copy_out(plgpu.copy_smem_to_gmem)),
             (pl, "run_state", _run_state),
             (pl, "run_scoped", _run_scoped(pl.run_scoped)),
         ):

@@ -19,7 +19,7 @@ LAYERS = (
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
     + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
     + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "parameters", "policies")
+    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "nll", "parameters", "policies")
     + ("reading", "seeds"),
     ("cache", "draws", "embedding", "muon", "readout", "sources"),
     ("model", "noise", "optim"),

@@ -12,7 +12,8 @@ from scipy import special
 from scipy import stats as scipy_stats
 
 from bdjax import sharding
-from bdjax.readout import Shaping, TokenReadout, _queue
+from bdjax.nll import over_ids, queue_of
+from bdjax.readout import Shaping, TokenReadout
 from bdjax.stats import gumbel
 
 ROWS, SLOTS, ENTRIES, WIDTH, VOCAB = 8, 3, 5, 8, 20
@@ -75,7 +76,8 @@ def readout(vocab=VOCAB, width=WIDTH, banned=BANNED, **chunks) -> TokenReadout:
     return TokenReadout(vocab_size=vocab, width=width, banned=banned, **chunks)
 
 
-RAGGED = readout(row_chunk=7, vocab_chunk=6)
+# Neither 20 ids nor half of them are a multiple of 3.
+RAGGED = readout(row_chunk=7, vocab_chunk=3)
 
 
 def assert_all_close(actual, expected, tolerance=1e-5):
@@ -98,7 +100,7 @@ LAID_OUT = [("batch",), ("vocab", "embed")] + [("batch",)] * 4
 
 @pytest.mark.parametrize(
     "chunks",
-    [(1024, 8192), (7, 6), (16, 7), (1, 20)],
+    [(1024, 8192), (7, 3), (16, 7), (1, 20)],
     ids=["one", "ragged", "tied", "single_rows"],
 )
 def test_nll_and_gradients_are_those_of_the_dense_softmax(chunks):
@@ -166,14 +168,31 @@ def test_nothing_scored_is_zero_with_zero_gradients():
     assert all((np.asarray(x) == 0).all() for x in results)
 
 
-def test_the_number_of_trips_follows_the_count():
-    """The row loop's bound is data: it is ceil(scored / row_chunk), checked on the queue itself."""
+def test_the_queue_holds_the_scored_entries_first_and_by_rising_row():
+    """Its count, which bounds the loops over rows, is data; the rest has no hidden row."""
+    rows = (np.arange(ROWS)[:, None] * SLOTS + PROBLEM.rows).reshape(-1)
     for count in (0, 1, 7, 8, 14, 15, ROWS * ENTRIES):
         scored = (np.arange(ROWS * ENTRIES) < count).reshape(ROWS, ENTRIES)[::-1]
-        queue = _queue(RAGGED, jnp.asarray(PROBLEM.rows), jnp.asarray(scored), SLOTS)
-        assert int(queue.trips) == -(-count // 7)
+        queue = queue_of(jnp.asarray(PROBLEM.rows), jnp.asarray(scored), SLOTS, 7)
+        assert int(queue.count) == count and queue.order.size % 7 == 0
         first = np.asarray(queue.order)[:count]
         assert sorted(first.tolist()) == np.flatnonzero(scored).tolist()
+        assert np.array_equal(np.asarray(queue.row)[:count], np.sort(rows[scored.reshape(-1)]))
+        assert (np.asarray(queue.row)[count:] == ROWS * SLOTS).all()
+
+
+def test_chunks_of_ids_are_alike_in_length():
+    """Qwen's 151,936 ids in chunks of at most 8192 are 19 of 8064: few are computed twice."""
+    head = jax.ShapeDtypeStruct((151_936, 4), jnp.float32)
+    for most, number, size in ((8192, 19, 8064), (4096, 38, 4096), (1 << 20, 1, 151_936)):
+        it, found = readout(vocab=151_936, vocab_chunk=most), []
+
+        def read(head, it=it, found=found):
+            count, reader = over_ids(it.chunks, head)
+            found.append(count)
+            return reader(0)[1]
+
+        assert jax.eval_shape(read, head).shape[0] == size and found == [number]
 
 
 def shapes_in(text: str) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from bdjax.sharding import device_kind, per_shard
+from bdjax.sharding import device_kind, is_hopper, per_shard
 from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Intervals, Mosaic, merge
 
 Implementation = Dense | Blockwise | Cudnn | Hopper | Mosaic
@@ -31,9 +31,6 @@ _FEW_PAIRS = 128 * 128
 # Dense attention copies the layer of the cache that it reads: only short caches may be read so.
 _DENSE_SLOTS = 512
 
-# Chips of compute capability 9.0, as they name themselves.
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
 
 class Prefix(NamedTuple):
     """One layer of a stacked cache and which of its slots each query sees."""
@@ -42,11 +39,6 @@ class Prefix(NamedTuple):
     v: Float[Array, "L B K S H"]
     layer: Int[Array, ""]
     intervals: Intervals
-
-
-def is_hopper(kind: str) -> bool:
-    """Whether the Hopper kernels run on a chip of this `device_kind`."""
-    return kind.startswith("NVIDIA") and any(name in kind for name in _HOPPER)
 
 
 def candidates(kind: str, queries: int, keys: int, width: int) -> tuple[Implementation, ...]:
@@ -71,8 +63,7 @@ def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation
     if kind.startswith("TPU"):
         return Mosaic.tuned(kind, width), Blockwise()
     # A GPU starts each tile anew: 1 row of 32768 slots takes an H100 3.3 ms by 128, 0.33 by 4096.
-    portable = Blockwise() if kind == "cpu" else Blockwise(key_tile=4096)
-    return (Hopper(), portable) if is_hopper(kind) else (portable,)
+    return (Blockwise() if kind == "cpu" else Blockwise(key_tile=4096),)
 
 
 def first_that_serves(what: str, impls: tuple[Implementation, ...], call: Callable):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from bdjax.sharding import device_kind, mesh_axes, per_shard, psum
+from bdjax.sharding import device_kind, is_hopper, mesh_axes, per_shard, psum
 from pallas_kernels import hopper_head
 
 ROWS = ("batch", "length")
@@ -25,7 +25,6 @@ BANNED = -1e30
 _LANES = 128
 # Hidden rows whose gradients are put together at a time.
 _FOLD = 4096
-_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA H800", "NVIDIA GH200")
 
 
 class Chunks(NamedTuple):
@@ -215,7 +214,7 @@ def _fold(queue: Queue, d_x, rows: int, dtype):
 
 def by_kernel(hidden: Float[Array, "*n D"]) -> bool:
     """Whether the chip has kernels for a head over these hidden rows."""
-    if not device_kind().startswith(_HOPPER):
+    if not is_hopper(device_kind()):
         return False
     try:
         hopper_head.check(hidden.shape[-1], hidden.dtype)

@@ -39,7 +39,9 @@ class TokenReadout:
     """A linear head over the vocabulary, tied to the embedding or its own (V, D) matrix.
 
     `banned` ids get probability zero in training and in sampling: the mask token is never a label
-    (SUBS parameterisation, Sahoo et al. 2024). Chunks are in rows and in ids.
+    (SUBS parameterisation, Sahoo et al. 2024). Chunks are in rows and in ids. stats_kernel: draws
+    without filters by the Hopper kernel where it serves; off, since it has run in jax's interpreter
+    only.
     """
 
     vocab_size: int
@@ -48,6 +50,7 @@ class TokenReadout:
     banned: tuple[int, ...] = ()
     row_chunk: int = 1024
     vocab_chunk: int = 8192
+    stats_kernel: bool = False
 
     @property
     def chunks(self) -> nll.Chunks:
@@ -140,7 +143,7 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
             temperature=scale,
             keys=keys.reshape(-1),
         )
-        if not filtered and _by_kernel(x, keys):
+        if readout.stats_kernel and not filtered and _by_kernel(x, keys):
             parts = _parts(readout, x, head, scale, keys.reshape(-1), shaping.bias)
             here = stats.joined(parts, scale, nll.first_id(head.shape[0]))
             drawn = stats.over_devices(vocabulary, here)

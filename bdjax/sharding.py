@@ -16,6 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
+# How chips of compute capability 9.0 name themselves.
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H20", "NVIDIA H800", "NVIDIA GH200")
+
 # Meaning of an array axis -> the mesh axes it is split over. Weights carry "embed_in" where
 # activations carry "embed": parameters are split over `fsdp` there, activations never.
 RULES: dict[str, tuple[str, ...]] = {
@@ -54,6 +57,11 @@ def make_mesh(
 def has_mesh() -> bool:
     """Whether a mesh is in force (`jax.set_mesh`)."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def is_hopper(kind: str) -> bool:
+    """Whether the Hopper kernels run on a chip of this `device_kind`."""
+    return kind.startswith(_HOPPER)
 
 
 def device_kind() -> str:

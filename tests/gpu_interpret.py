@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state.types import TransformedRef
 from jax.experimental import pallas as pl
@@ -122,7 +123,7 @@ def _copy_out(real):
 
 @contextlib.contextmanager
 def interpreted(detect_races: bool = True):
-    """Kernels traced inside run in the interpreter. A race raises when the kernel ends."""
+    """Kernels traced inside run in the interpreter; a race in one of them fails the test."""
     params = InterpretGPUParams(detect_races=detect_races)
     kernel, over_mesh, arrive = plgpu.kernel, pl.kernel, plgpu.barrier_arrive
 
@@ -130,7 +131,17 @@ def interpreted(detect_races: bool = True):
         plgpu.commit_smem()
         arrive(barrier)
 
+    # Named otherwise from jax 0.11 on.
+    name = "GPURaceDetectionState"
+    name = name if hasattr(gpu_callbacks, name) else "RaceDetectionState"
+    detector, states = getattr(gpu_callbacks, name), []
+
+    def detect(**options):
+        states.append(detector(**options))
+        return states[-1]
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(gpu_callbacks, name, detect))
         for module, name, new in (
             (plgpu, "kernel", lambda *args, **options: kernel(*args, **options, interpret=params)),
             (pl, "kernel", lambda *args, **options: over_mesh(*args, **options, interpret=params)),
@@ -153,3 +164,6 @@ def interpreted(detect_races: bool = True):
         ):
             stack.enter_context(mock.patch.object(module, name, new, create=True))
         yield
+        jax.effects_barrier()
+    assert states or not detect_races, "no kernel ran under the race detector"
+    assert not any(state.races_found for state in states), "the interpreter found a race"

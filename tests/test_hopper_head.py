@@ -125,7 +125,13 @@ def test_draws_by_the_kernel_are_those_of_the_loop(with_bias, hopper, monkeypatc
     bias = jnp.asarray(RNG.standard_normal(VOCAB), jnp.float32) if with_bias else None
     temperature = jnp.asarray(RNG.choice([0.0, 0.5, 1.0, 1.7], (2, 35)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), (2, 35))
-    it = TokenReadout(vocab_size=VOCAB, width=WIDTH, banned=(BANNED, 299), vocab_chunk=100)
+    it = TokenReadout(
+        vocab_size=VOCAB,
+        width=WIDTH,
+        banned=(BANNED, 299),
+        vocab_chunk=100,
+        stats_kernel=True,
+    )
 
     def draw():
         return readout_stats.__wrapped__(it, hidden, HEAD, Shaping(temperature, bias=bias), keys)

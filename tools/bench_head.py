@@ -237,6 +237,7 @@ class Sampling:
             width=self.head.shape[1],
             banned=(self.vocab - 1,),
             vocab_chunk=chunk,
+            stats_kernel=True,
         )
 
         def run(hidden, head, temperature, keys):

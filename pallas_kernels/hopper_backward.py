@@ -22,7 +22,8 @@ from pallas_kernels.hopper_forward import (
     Sizes,
     Stream,
     across,
-    row_wise,
+    read,
+    read_rows,
     seen,
     tiled,
     used,
@@ -37,11 +38,11 @@ def _zeros(shape: tuple[int, int]) -> Array:
 
 def _product(tile) -> Array:
     """A tile in shared memory in the registers of a product, float32."""
-    return plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+    return read(tile, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _column_wise(x: Array, shape: tuple[int, int]) -> Array:
-    x = plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0))
+def _column_wise(ref, shape: tuple[int, int]) -> Array:
+    x = read(ref, plgpu.Layout.WGMMA.reduce(0))
     return lax.broadcast_in_dim(x, shape, [1])
 
 
@@ -91,8 +92,8 @@ def backward_queries(
             plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
             plgpu.barrier_wait(here)
             product = _product(mine) * _product(d_mine)
-            lse = row_wise(stats[0]) * LOG2E
-            delta = product.sum(axis=1) - row_wise(stats[1])
+            lse = read_rows(stats.at[0]) * LOG2E
+            delta = product.sum(axis=1) - read_rows(stats.at[1])
             stats[0] = lse
             stats[1] = delta
             plgpu.commit_smem()
@@ -227,14 +228,14 @@ def backward_keys(
                 def scores(s_ref, d_p_ref):
                     plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
                     plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
-                    lse = _column_wise(stats_smem[slot, 0], shape)
+                    lse = _column_wise(stats_smem.at[slot, 0], shape)
                     return jnp.exp2(_first(s_ref) * scale - lse), d_p_ref[...]
 
                 accumulator = plgpu.ACC(shape, jnp.float32)
                 p, d_p = pl.run_scoped(scores, accumulator, accumulator)
-                d_s = p * (d_p - _column_wise(stats_smem[slot, 1], shape))
+                d_s = p * (d_p - _column_wise(stats_smem.at[slot, 1], shape))
                 if masked:
-                    low, high = (_column_wise(bounds_smem[slot, i], shape) for i in range(2))
+                    low, high = (_column_wise(bounds_smem.at[slot, i], shape) for i in range(2))
                     key = first + plgpu.broadcasted_iota(
                         jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
                     )
@@ -246,8 +247,12 @@ def backward_keys(
                     @pl.when(list_ref[place, lax.div(number, jnp.int32(group))] & IDLE != 0)
                     def _():
                         own = bounds_smem.at[slot]
-                        zero_rows(queries, lambda offset: own[1] - own[0])
-                        zero_rows(d_outs, lambda offset: own[1] - own[0])
+                        zero_rows(
+                            queries, lambda offset: read_rows(own.at[1]) - read_rows(own.at[0])
+                        )
+                        zero_rows(
+                            d_outs, lambda offset: read_rows(own.at[1]) - read_rows(own.at[0])
+                        )
 
                 def products(accumulators):
                     d_k, d_v = accumulators

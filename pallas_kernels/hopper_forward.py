@@ -26,8 +26,9 @@ LOG2E = math.log2(math.e)
 # Stands for a masked score; rows start from a maximum above it, so that it never counts.
 _MASKED, _FLOOR = -1e30, -4e28
 
-# jax 0.10 asks for an index beside a reference that has one; later it is deprecated.
-_NO_INDEX = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
+# jax 0.10 asks for an index beside a reference that has one; later there is none.
+_INDEX = signature(plgpu.load).parameters.get("idx")
+_NO_INDEX = () if _INDEX is None or _INDEX.default is not Parameter.empty else ((),)
 
 
 class Sizes(NamedTuple):
@@ -91,6 +92,16 @@ def row_wise(x: Array) -> Array:
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
 
 
+def read(ref, layout, optimized: bool = True) -> Array:
+    """What stands in memory, in registers of that layout."""
+    return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=optimized)
+
+
+def read_rows(ref, optimized: bool = True) -> Array:
+    """A value per row of a product."""
+    return read(ref, plgpu.Layout.WGMMA.reduce(1), optimized)
+
+
 def across(x: Array, shape: tuple[int, int]) -> Array:
     """A value per row, repeated along the columns."""
     return lax.broadcast_in_dim(x, shape, [0])
@@ -104,19 +115,14 @@ def column_index(shape: tuple[int, int]) -> Array:
 def seen(bounds, own: Array, tile: Array, shape: tuple[int, int]) -> Array:
     """Which scores of a tile the queries' intervals `bounds` (4, rows) let through."""
     part = 2 * own.astype(jnp.int32)
-    low, high = (row_wise(bounds[part + end]) - tile * shape[1] for end in (0, 1))
+    low, high = (read_rows(bounds.at[part + end]) - tile * shape[1] for end in (0, 1))
     column = column_index(shape)
     return (column >= across(low, shape)) & (column < across(high, shape))
 
 
 def used(flags, first: Array):
     """Reads the flags of 64 keys in device memory, `offset` after the `first` one of a tile."""
-
-    def read(offset):
-        here = flags.at[pl.ds(first + offset, ROWS)]
-        return plgpu.load(here, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-    return read
+    return lambda offset: read_rows(flags.at[pl.ds(first + offset, ROWS)], optimized=False)
 
 
 def zero_rows(tile, keep) -> None:
@@ -127,8 +133,8 @@ def zero_rows(tile, keep) -> None:
     """
     for first in range(0, tile.shape[0], ROWS):
         part = tile.at[pl.ds(first, ROWS)]
-        kept = row_wise(keep(first)) > 0
-        part[...] = jnp.where(across(kept, part.shape), part[...], 0).astype(part.dtype)
+        held = read(part, plgpu.Layout.WGMMA)
+        part[...] = jnp.where(across(keep(first) > 0, part.shape), held, 0).astype(part.dtype)
     plgpu.commit_smem()
 
 

@@ -123,11 +123,13 @@ def test_equal_rows_fill_the_chip(batch):
 # --- The interpreter ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_of_any_length_in_chunks():
     """Lengths 0 and between, two KV heads, queries that fill no tile of rows."""
     check(window(prefixes((0, 130), 4), 4, 2), blocks=8)
 
 
+@pytest.mark.slow
 def test_several_warpgroups_two_intervals_holes_and_idle_queries():
     """Keys between the intervals that nobody sees hold NaN, and so do idle queries."""
     a0 = [[3] * 6, [0] * 2 + [70] * 4]

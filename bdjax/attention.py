@@ -66,6 +66,22 @@ def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation
     return (Blockwise() if kind == "cpu" else Blockwise(key_tile=4096),)
 
 
+def check_chip(impl: Implementation, kind: str) -> None:
+    """Raises NotImplementedError, with what to type, for an implementation of another chip."""
+    needs = None
+    if isinstance(impl, Hopper) and not is_hopper(kind):
+        needs = "an H100 or H200"
+    elif isinstance(impl, Cudnn) and impl.backend == "cudnn" and not kind.startswith("NVIDIA"):
+        needs = "an NVIDIA GPU"
+    elif isinstance(impl, Mosaic) and not impl.interpret and not kind.startswith("TPU"):
+        needs = "a TPU"
+    if needs is not None:
+        raise NotImplementedError(
+            f"{impl} needs {needs}, this is {kind}; leave attention out of the config, and what "
+            "serves is chosen"
+        )
+
+
 def first_that_serves(what: str, impls: tuple[Implementation, ...], call: Callable):
     """`call(impl)` of the first implementation that does not refuse; the last one may raise.
 
@@ -105,7 +121,9 @@ def attend(
     kind, (width, slots) = device_kind(), (q.shape[3], 0 if prefix is None else prefix.k.shape[3])
     what = f"attention of {q.shape[1]} tokens to each other"
     own_impls, prefix_impls = (impl,), (impl,)
-    if impl is None:
+    if impl is not None:
+        check_chip(impl, kind)
+    else:
         own_impls = candidates(kind, q.shape[1], k.shape[1], width)
         prefix_impls = prefix_candidates(kind, slots, width)
     if prefix is None:

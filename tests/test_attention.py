@@ -20,7 +20,7 @@ from attention_cases import (
 
 from bdjax import sharding
 from bdjax.attention import Prefix, attend, candidates, first_that_serves, prefix_candidates
-from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Meta, Mosaic
+from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Intervals, Meta, Mosaic
 from pallas_kernels.merge import EMPTY
 
 
@@ -104,6 +104,15 @@ def test_the_choice_goes_by_chip_and_number_of_pairs():
     assert prefix_candidates(tpu, 4096, 64) == (Mosaic.tuned(tpu, 64), Blockwise())
     assert prefix_candidates("cpu", 4096, 64) == (Blockwise(),)
     assert prefix_candidates(gpu, 8192, 64) == (Blockwise(key_tile=4096),)
+
+
+@pytest.mark.parametrize(
+    "impl, needs", [(Hopper(), "H100"), (Cudnn(), "NVIDIA"), (Mosaic(), "TPU")]
+)
+def test_an_implementation_of_another_chip_says_so(impl, needs):
+    x, ends = jnp.ones((1, 8, 2, 8)), jnp.full((1, 8), 8, jnp.int32)
+    with pytest.raises(NotImplementedError, match=f"needs an? .*{needs}.*this is cpu"):
+        attend(x, x, x, Intervals(ends * 0, ends, ends * 0, ends * 0), impl=impl)
 
 
 def test_a_refusal_is_passed_over_with_its_reason_and_the_last_one_is_raised(caplog):

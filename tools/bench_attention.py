@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from arguments import positive  # noqa: E402
 from attention_peers import PEERS  # noqa: E402
 from attention_race import (  # noqa: E402
     Case,
@@ -214,22 +215,22 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, help="default: --heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--length", type=int, default=4096, help="clean tokens; a row is 2 x")
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--documents", type=int, help="pack documents of so many tokens")
+    parser.add_argument("--rows", type=positive, default=2)
+    parser.add_argument("--heads", type=positive, default=16)
+    parser.add_argument("--kv-heads", type=positive, help="default: --heads")
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--length", type=positive, default=4096, help="clean tokens; a row is 2 x")
+    parser.add_argument("--block", type=positive, default=32)
+    parser.add_argument("--documents", type=positive, help="pack documents of so many tokens")
     parser.add_argument("--clean", choices=[mode.value for mode in CleanMode], default="token")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], help="default: all")
     parser.add_argument("--passes", default="forward,backward", help="forward,backward")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--at-least", type=float, default=0.2, help="seconds in one sample")
     parser.add_argument("--window", action="store_true", help="a window against a cache")
-    parser.add_argument("--slots", type=int, default=32768)
-    parser.add_argument("--window-tokens", type=int, default=32)
+    parser.add_argument("--slots", type=positive, default=32768)
+    parser.add_argument("--window-tokens", type=positive, default=32)
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args(words)
     args.kv_heads = args.kv_heads or args.heads

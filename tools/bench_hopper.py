@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from arguments import positive  # noqa: E402
 from attention_race import Case, normals  # noqa: E402
 
 from pallas_kernels import CleanMode, Dense, Hopper  # noqa: E402
@@ -117,13 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=16)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--length", type=int, default=4096, help="clean tokens; a row is 2 x")
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--documents", type=int, help="pack documents of so many tokens")
+    parser.add_argument("--rows", type=positive, default=2)
+    parser.add_argument("--heads", type=positive, default=16)
+    parser.add_argument("--kv-heads", type=positive, default=16)
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--length", type=positive, default=4096, help="clean tokens; a row is 2 x")
+    parser.add_argument("--block", type=positive, default=32)
+    parser.add_argument("--documents", type=positive, help="pack documents of so many tokens")
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     print(check(), flush=True)

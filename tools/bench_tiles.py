@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
+from arguments import positive
 
 from bdjax.layout import clean_places, join_places, noisy_places
 from pallas_kernels import CleanMode, intervals
@@ -39,10 +40,10 @@ def microseconds(function, *arguments, repeats: int = 50) -> tuple[float, float]
 def main() -> None:
     """Prints a line for the intervals and one for each tile size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--length", type=int, default=16384, help="clean tokens; the row has twice")
-    parser.add_argument("--documents", type=int, default=700, help="tokens per packed document")
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--length", type=positive, default=16384, help="clean tokens: half a row")
+    parser.add_argument("--documents", type=positive, default=700, help="tokens each")
+    parser.add_argument("--block", type=positive, default=32)
+    parser.add_argument("--tiles", type=positive, nargs="+", default=[128, 256, 512])
     args = parser.parse_args()
     at = jnp.arange(args.length)[None]
     clean = clean_places(at // args.documents + 1, at % args.documents, args.block)

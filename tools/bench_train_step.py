@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from arguments import positive  # noqa: E402
 from train_step_case import Contestant, Shape, contestant  # noqa: E402
 
 _DEFAULT = (
@@ -160,8 +161,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="SIDE:REMAT:ROWS",
         help=f"default: {' '.join(_DEFAULT)}",
     )
-    parser.add_argument("--steps", type=int, default=5, help="in a sample")
-    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--steps", type=positive, default=5, help="in a sample")
+    parser.add_argument("--samples", type=positive, default=3)
     parser.add_argument("--limit", type=float, default=180, help="seconds for one contestant")
     parser.add_argument("--profile", type=Path, help="a folder for traces of ours")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")

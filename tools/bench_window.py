@@ -15,10 +15,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from arguments import positive  # noqa: E402
 from jax import lax  # noqa: E402
 
 from pallas_kernels import Blockwise, Dense, Intervals  # noqa: E402
@@ -138,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--slots", type=int, default=32768)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--slots", type=positive, default=32768)
+    parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--quick", action="store_true", help="the first tuning of each shape")
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from arguments import positive  # noqa: E402
 
 # What XLA has to know of the chip: an H100 SXM with 80 GB, as such a machine reports it.
 _H100 = """
@@ -127,14 +129,14 @@ def main() -> None:
     )
     names = ("attention", "window", "statistics", "gradients")
     parser.add_argument("only", nargs="*", metavar="NAME", help=f"{', '.join(names)}; default: all")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--length", type=int, default=4096, help="clean tokens; a row is 2 x")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--slots", type=int, default=32_768)
-    parser.add_argument("--window", type=int, default=32)
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--rows", type=positive, default=2)
+    parser.add_argument("--length", type=positive, default=4096, help="clean tokens; a row is 2 x")
+    parser.add_argument("--heads", type=positive, default=16)
+    parser.add_argument("--kv-heads", type=positive, default=8)
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--slots", type=positive, default=32_768)
+    parser.add_argument("--window", type=positive, default=32)
+    parser.add_argument("--vocab", type=positive, default=151_936)
     parser.add_argument("--keep", type=Path, help="a folder for PTX and reports")
     args = parser.parse_args()
     unknown = set(args.only) - set(names)

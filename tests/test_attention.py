@@ -20,7 +20,16 @@ from attention_cases import (
 
 from bdjax import sharding
 from bdjax.attention import Prefix, attend, candidates, first_that_serves, prefix_candidates
-from pallas_kernels import Blockwise, Cudnn, Dense, Hopper, Intervals, Meta, Mosaic
+from pallas_kernels import (
+    Blockwise,
+    CleanMode,
+    Cudnn,
+    Dense,
+    Hopper,
+    Intervals,
+    Meta,
+    Mosaic,
+)
 from pallas_kernels.merge import EMPTY
 
 
@@ -45,6 +54,14 @@ class TestBlockwiseOneKeyTile(AttentionCases):
     """Key tiles longer than the keys, small query tiles: both intervals lie in one tile."""
 
     impl = Blockwise(query_tile=5, key_tile=128)
+
+
+@pytest.mark.parametrize("clean", CleanMode)
+def test_rows_packed_with_documents_of_24_tokens(clean):
+    """Three to a stream, in tiles that end inside of them."""
+    cases = TestBlockwise()
+    cases.length = 144
+    cases.check(cases.case(cases.row([Document(8, 5), Document(8, 4), Document(8, 24)]), clean))
 
 
 def test_the_reference_gradients_are_the_slopes_of_its_outputs():

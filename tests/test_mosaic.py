@@ -31,10 +31,11 @@ class TestMosaicUnderTheRaceDetector(AttentionCases):
 
 
 def test_tiles_that_divide_nothing():
-    """Tiles of different lengths, rows that are a multiple of neither."""
+    """Tiles of different lengths, rows that are a multiple of neither; documents of 24 tokens."""
     cases = TestMosaic()
-    cases.length, cases.impl = 60, Mosaic(query_tile=32, key_tile=24, interpret=True)
-    cases.check(cases.case(cases.row([Document(7, 3, 1), Document(14, 4)]), BLOCK))
+    cases.length, cases.impl = 96, Mosaic(query_tile=40, key_tile=56, interpret=True)
+    # Lengths are of a stream of 24 tokens, here they count twice.
+    cases.check(cases.case(cases.row([Document(12, 5), Document(12, 4)], [Document(10, 3)]), BLOCK))
 
 
 def test_no_races_and_a_grid_as_long_as_the_work():

@@ -223,6 +223,7 @@ def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
         grid_names=("chunk", "kv_head", "row_tile"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
+        kernel_name="attention_window",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),

@@ -178,6 +178,7 @@ def backward_queries(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_d_queries",
     )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
 
 
@@ -320,4 +321,5 @@ def backward_keys(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_d_keys",
     )(q, k, v, d_out, stats, bounds, plan.columns, plan.entries)

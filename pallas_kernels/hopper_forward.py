@@ -296,4 +296,5 @@ def forward(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_forward",
     )(q, k, v, bounds, *plan)

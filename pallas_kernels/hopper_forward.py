@@ -1,7 +1,6 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
-from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper_product import load
 from pallas_kernels.hopper_tiles import QueryPlan
 from pallas_kernels.merge import EMPTY
 
@@ -25,9 +25,6 @@ LOG2E = math.log2(math.e)
 
 # Stands for a masked score; rows start from a maximum above it, so that it never counts.
 _MASKED, _FLOOR = -1e30, -4e28
-
-# jax 0.10 asks for an index beside a reference that has one; later it is deprecated.
-_NO_INDEX = ((),) if signature(plgpu.load).parameters["idx"].default is Parameter.empty else ()
 
 
 class Sizes(NamedTuple):
@@ -113,8 +110,7 @@ def used(flags, first: Array):
     """Reads the flags of 64 keys in device memory, `offset` after the `first` one of a tile."""
 
     def read(offset):
-        here = flags.at[pl.ds(first + offset, ROWS)]
-        return plgpu.load(here, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return load(flags, first + offset, ROWS, plgpu.Layout.WGMMA.reduce(1))
 
     return read
 

@@ -134,6 +134,7 @@ def attempt(what: str, measure, bytes_moved: int, copy: float | None) -> float |
 
 
 def main() -> None:
+    """Checks, then measures and prints."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

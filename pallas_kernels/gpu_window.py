@@ -175,17 +175,19 @@ class _Plan(NamedTuple):
 
     @classmethod
     def of(cls, sizes: WindowSizes, rows: int, width: int, itemsize: int) -> "_Plan":
-        """For `rows` queries and heads of a KV head: no more warpgroups than they fill."""
+        """For `rows` queries and heads of a KV head: no more warpgroups than they fill, nor more
+        than leave room for two stages.
+        """
         own = sizes.rows if rows > 64 * sizes.warpgroups and width <= 128 else 64
-        warpgroups = min(sizes.warpgroups, -(-rows // own))
-        left = _SHARED_BYTES - warpgroups * own * width * itemsize
-        fit = left // (2 * sizes.key_tile * width * itemsize)
-        if fit < 2:
-            raise NotImplementedError(
-                f"two stages of {sizes.key_tile} keys of {width} exceed shared memory beside "
-                f"{warpgroups * own} rows of queries; use a smaller key_tile or fewer rows"
-            )
-        return cls(warpgroups, own, sizes.key_tile, min(sizes.stages or fit, fit))
+        for warpgroups in range(min(sizes.warpgroups, -(-rows // own)), 0, -1):
+            left = _SHARED_BYTES - warpgroups * own * width * itemsize
+            fit = left // (2 * sizes.key_tile * width * itemsize)
+            if fit >= 2:
+                return cls(warpgroups, own, sizes.key_tile, min(sizes.stages or fit, fit))
+        raise NotImplementedError(
+            f"two stages of {sizes.key_tile} keys of {width} exceed shared memory beside {own} "
+            "rows of queries; use a smaller key_tile"
+        )
 
 
 def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
@@ -221,6 +223,7 @@ def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
         grid_names=("chunk", "kv_head", "row_tile"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
+        kernel_name="attention_window",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),

@@ -42,9 +42,10 @@ class Hopper:
 
         Raises NotImplementedError for other types, and for head_dim above 128.
         """
-        if q.dtype not in (jnp.bfloat16, jnp.float16):
+        if q.dtype not in (jnp.bfloat16, jnp.float16) or {k.dtype, v.dtype} != {q.dtype}:
             raise NotImplementedError(
-                f"the Hopper kernels take bfloat16 or float16, not {q.dtype}; use Blockwise()"
+                "the Hopper kernels take queries, keys and values of one type, bfloat16 or "
+                f"float16, not {q.dtype}, {k.dtype} and {v.dtype}; use Blockwise()"
             )
         if q.shape[3] > 128:
             raise NotImplementedError(

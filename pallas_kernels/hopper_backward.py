@@ -22,13 +22,13 @@ from pallas_kernels.hopper_forward import (
     Sizes,
     Stream,
     across,
-    read,
     read_rows,
     seen,
     tiled,
     used,
     zero_rows,
 )
+from pallas_kernels.hopper_product import read
 from pallas_kernels.hopper_tiles import IDLE, OWN, KeyPlan, QueryPlan
 
 
@@ -179,6 +179,7 @@ def backward_queries(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_d_queries",
     )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
 
 
@@ -325,4 +326,5 @@ def backward_keys(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_d_keys",
     )(q, k, v, d_out, stats, bounds, plan.columns, plan.entries)

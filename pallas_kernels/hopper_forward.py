@@ -1,7 +1,6 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
-from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper_product import read
 from pallas_kernels.hopper_tiles import QueryPlan
 from pallas_kernels.merge import EMPTY
 
@@ -25,10 +25,6 @@ LOG2E = math.log2(math.e)
 
 # Stands for a masked score; rows start from a maximum above it, so that it never counts.
 _MASKED, _FLOOR = -1e30, -4e28
-
-# jax 0.10 asks for an index beside a reference that has one; later there is none.
-_INDEX = signature(plgpu.load).parameters.get("idx")
-_NO_INDEX = () if _INDEX is None or _INDEX.default is not Parameter.empty else ((),)
 
 
 class Sizes(NamedTuple):
@@ -90,11 +86,6 @@ def tiled(shape: tuple[int, ...], dtype):
 def row_wise(x: Array) -> Array:
     """In the registers that belong to the rows of a product."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
-
-
-def read(ref, layout, optimized: bool = True) -> Array:
-    """What stands in memory, in registers of that layout."""
-    return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=optimized)
 
 
 def read_rows(ref, optimized: bool = True) -> Array:
@@ -302,4 +293,5 @@ def forward(
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="attention_forward",
     )(q, k, v, bounds, *plan)

@@ -32,9 +32,14 @@ _BYTES = 128
 _WHOLE = () if jax.__version_info__ >= (0, 11) else ((),)
 
 
+def read(ref, layout, optimized: bool = True):
+    """What stands in memory, in registers of that layout."""
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)
+
+
 def load(ref, first, size: int, layout):
     """`size` numbers from `first` on, out of global memory into registers."""
-    return plgpu.load(ref.at[pl.ds(first, size)], *_WHOLE, layout=layout, optimized=False)
+    return read(ref.at[pl.ds(first, size)], layout, optimized=False)
 
 
 class Operand(NamedTuple):

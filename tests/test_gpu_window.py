@@ -13,7 +13,7 @@ from gpu_interpret import interpreted
 
 from pallas_kernels import Blockwise, Intervals
 from pallas_kernels.gpu_chunks import chunk_counts, cut
-from pallas_kernels.gpu_window import WindowSizes, window_attention
+from pallas_kernels.gpu_window import WindowSizes, _Plan, window_attention
 from pallas_kernels.merge import EMPTY
 
 SLOTS = 256
@@ -170,6 +170,14 @@ def test_what_it_refuses():
     refuses(window(prefixes((4,), 2), 1, 1, slots=8), "bfloat16 or float16, not float32", "float32")
     with pytest.raises(ValueError, match="key_tile=100 must be a multiple of 64"):
         WindowSizes(key_tile=100)
+
+
+def test_warpgroups_leave_shared_memory_for_two_stages():
+    """Three of 64 rows of head_dim 256 would not: two compute. Where one does not, a refusal."""
+    assert _Plan.of(WindowSizes(rows=64, warpgroups=3), 512, 256, 2)[:2] == (2, 64)
+    assert _Plan.of(WindowSizes(rows=64, warpgroups=3), 512, 128, 2)[:2] == (3, 64)
+    with pytest.raises(NotImplementedError, match="use a smaller key_tile"):
+        _Plan.of(WindowSizes(key_tile=128), 512, 256, 2)
 
 
 # --- A GPU ----------------------------------------------------------------------------------------

@@ -179,12 +179,17 @@ def test_what_padding_holds_stands_in_no_product():
 
 
 @pytest.mark.parametrize(
-    "dtype, width, words", [("float32", 64, "bfloat16 or float16"), ("bfloat16", 192, "128")]
+    "dtype, value_dtype, width, words",
+    [
+        ("float32", "float32", 64, "bfloat16 or float16, not float32"),
+        ("bfloat16", "float16", 64, "of one type"),
+        ("bfloat16", "bfloat16", 192, "128"),
+    ],
 )
-def test_what_it_cannot_serve_it_refuses_with_the_reason(dtype, width, words):
-    x = jnp.ones((1, 8, 2, width), dtype)
+def test_what_it_cannot_serve_it_refuses_with_the_reason(dtype, value_dtype, width, words):
+    x, v = (jnp.ones((1, 8, 2, width), name) for name in (dtype, value_dtype))
     with pytest.raises(NotImplementedError, match=words):
-        Hopper().attention(x, x, x, Intervals(*[jnp.zeros((1, 8), jnp.int32)] * 4))
+        Hopper().attention(x, x, v, Intervals(*[jnp.zeros((1, 8), jnp.int32)] * 4))
 
 
 def test_the_block_causal_clean_stream_needs_no_mask_inside_its_blocks():

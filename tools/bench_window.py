@@ -141,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--slots", type=positive, default=32768)
     parser.add_argument("--head-dim", type=positive, default=128)
-    parser.add_argument("--quick", action="store_true", help="the first tuning of each shape")
+    parser.add_argument("--quick", action="store_true", help="first tunings, and Blockwise")
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     slots, width = args.slots, args.head_dim

@@ -79,7 +79,8 @@ def group(event: dict, known: dict[str, tuple[str, bool]]) -> str:
     when = "forward"
     if "transpose(" in op_name:
         when = "again" if "rematted_computation" in op_name else "backward"
-    kind = "product" if product else "attention kernel" if "sdpa" in name else "rest"
+    attends = "sdpa" in name or name.startswith("attention_")
+    kind = "product" if product else "attention kernel" if attends else "rest"
     if name.lower().startswith("mem"):
         kind = "copy"
     return f"{scope} {kind}" if scope in ("other", "optimiser") else f"{scope} {when} {kind}"

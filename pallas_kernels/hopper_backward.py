@@ -22,6 +22,7 @@ from pallas_kernels.hopper_forward import (
     Sizes,
     Stream,
     across,
+    load_keys,
     read_rows,
     seen,
     tiled,
@@ -144,18 +145,14 @@ def backward_queries(
 
         @pl.when(group_id == 2)
         def _():
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
-            streams = (
+            load_keys(
+                sizes,
+                runs,
+                (row, kv_head),
                 Stream(k_ref, k_smem, k_here, k_free),
                 Stream(v_ref, v_smem, v_here, v_free),
             )
-
-            @pl.loop(0, runs.count + sizes.stages)
-            def _(number):
-                key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
-                for stream in streams:
-                    stream.load(number, sizes.stages, key, runs.count)
 
     tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(

@@ -154,6 +154,18 @@ class Stream(NamedTuple):
             plgpu.copy_gmem_to_smem(source, buffer, self.arrived.at[slot])
 
 
+def load_keys(sizes: Sizes, runs: Runs, place: tuple[Array, Array], *streams: Stream) -> None:
+    """The work of the loading warpgroup: every key tile of a row and head into every stream."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    row, kv_head = place
+
+    @pl.loop(0, runs.count + sizes.stages)
+    def _(number):
+        key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
+        for stream in streams:
+            stream.load(number, sizes.stages, key, runs.count)
+
+
 def forward(
     sizes: Sizes,
     plan: QueryPlan,
@@ -254,18 +266,14 @@ def forward(
 
         @pl.when(group_id == 2)
         def _():
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
-            streams = (
+            load_keys(
+                sizes,
+                runs,
+                (row, kv_head),
                 Stream(k_ref, k_smem, k_here, k_free),
                 Stream(v_ref, v_smem, v_here, v_free),
             )
-
-            @pl.loop(0, runs.count + sizes.stages)
-            def _(number):
-                key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
-                for stream in streams:
-                    stream.load(number, sizes.stages, key, runs.count)
 
     tile = (sizes.stages, sizes.key, width)
     per_stage = {"num_barriers": sizes.stages}

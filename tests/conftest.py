@@ -26,7 +26,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # The system ends a process with more memory maps (Linux: 65530), and every program
 # compiled for the CPU holds some: a worker that ran half of the suite came to 49,000.
-_MAPS = 25_000
+_MAPS = 40_000
 
 
 def memory_maps() -> int:

@@ -142,6 +142,7 @@ def test_several_warpgroups_two_intervals_holes_and_idle_queries():
     check(made._replace(q=np.where(idle[..., None, None], np.nan, made.q)), blocks=2, stages=2)
 
 
+@pytest.mark.slow
 def test_float16_wide_heads_large_scores_and_one_row():
     """Scores of hundreds; another layer; one row, whose chunks are merged without a gather."""
     made = window(prefixes((150,), 4), 2, 1, width=128, layer=2)

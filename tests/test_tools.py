@@ -130,6 +130,7 @@ TINY_STEP = Shape(
 )
 
 
+@pytest.mark.slow
 def test_the_train_step_is_timed_and_its_flops_are_of_what_is_visible():
     who = contestant("ours:dots:2")
     found = train_step_ours.measure(who, TINY_STEP, steps=1, samples=2)

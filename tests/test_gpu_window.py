@@ -149,6 +149,7 @@ def test_float16_wide_heads_large_scores_and_one_row():
     check(made._replace(q=made.q * 64), dtype="float16", layer=2, blocks=2)
 
 
+@pytest.mark.slow
 def test_a_nan_that_is_seen_stays_seen():
     """In keys or in values; a row without is untouched."""
     made = window(prefixes((70, 40, 20), 2), 1, 1)

@@ -366,7 +366,7 @@ LOOPS = [
     slow_loop(CleanMode.TOKEN, False, Alignment.SAME_POSITION, DENSE, False),
     slow_loop(CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, False),
     (CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, True),
-    (CleanMode.BLOCK, False, Alignment.SAME_POSITION, DENSE, False),
+    slow_loop(CleanMode.BLOCK, False, Alignment.SAME_POSITION, DENSE, False),
     (CleanMode.TOKEN, True, Alignment.SHIFTED_CLEAN, DENSE, False),
     (CleanMode.TOKEN, False, Alignment.SHIFTED_CLEAN, DENSE, True),
 ]

@@ -454,7 +454,12 @@ def test_a_uniform_denoiser_is_never_sure():
 
 
 @pytest.mark.parametrize(
-    "data, tensor", [(1, 1), pytest.param(8, 1, marks=pytest.mark.slow), (4, 2)]
+    "data, tensor",
+    [
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(8, 1, marks=pytest.mark.slow),
+        (4, 2),
+    ],
 )
 def test_any_mesh_writes_the_same(data, tensor):
     """Rows, heads and vocabulary split over devices give the tokens of one device."""

@@ -82,6 +82,7 @@ def test_two_gpus_change_nothing(axis, whole):
     jax.tree.map(np.testing.assert_array_equal, again, once_more)
 
 
+@pytest.mark.slow
 def test_weights_cast_once_give_the_bits_of_weights_cast_in_every_layer():
     decoder = replace(PLAIN.decoder, dtype="bfloat16", remat=Remat.FULL, qkv_bias=True)
     model = replace(PLAIN, decoder=decoder)

@@ -45,7 +45,8 @@ PUBLISHED = {
 }
 RECIPES |= PUBLISHED
 # Their draws have fast tests of their own.
-TRAINED = [pytest.param(x, marks=pytest.mark.slow if x in PUBLISHED else ()) for x in RECIPES]
+SLOW = {*PUBLISHED, "sdar", "shifted-noisy"}
+TRAINED = [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in RECIPES]
 GROWING = BlockSize(first=1, last=8, double_every=1)
 
 

@@ -25,8 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_chunks import Chunks, chunk_counts, cut
+from pallas_kernels.hopper_product import tiled
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing
 
 _QUERIES = 256
@@ -90,8 +92,8 @@ def window_attention(
     plan = _Plan.of(sizes, group * length, width, q.dtype.itemsize)
     # Rows are (query, head of the group), padded to whole tiles with queries that see nothing.
     folded = q.reshape(batch, length, kv_heads, group * width).swapaxes(1, 2)
-    folded = _pad(folded.reshape(batch, kv_heads, length * group, width), 2, plan.block)
-    bounds = _pad(jnp.repeat(jnp.stack(intervals, axis=1), group, axis=2), 2, plan.block)
+    folded = pad(folded.reshape(batch, kv_heads, length * group, width), 2, plan.block)
+    bounds = pad(jnp.repeat(jnp.stack(intervals, axis=1), group, axis=2), 2, plan.block)
     key_tiles = -(-slots // plan.key_tile)
     total, most = chunk_counts(
         batch, kv_heads * (folded.shape[2] // plan.block), key_tiles, sizes.blocks
@@ -130,12 +132,6 @@ def _refuse(q, cache_k, cache_v) -> None:
         reason = f"copies slots in eights, not {slots}; give a cache slots in eights"
     if reason:
         raise NotImplementedError(f"the GPU window kernel {reason}; use Blockwise(key_tile=4096)")
-
-
-def _pad(x: Array, axis: int, multiple: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths)
 
 
 def _merged(parts, logs, chunks: Chunks, most: int):
@@ -195,16 +191,12 @@ def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
     _, kv_heads, padded, width = q.shape
     total = table.shape[0]
 
-    def shared(*shape):
-        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
-
     def entry(*refs):
         pl.run_scoped(
             partial(_kernel, plan, group, *refs),
-            shared(plan.warpgroups, plan.rows, width),
-            shared(plan.stages, plan.key_tile, width),
-            shared(plan.stages, plan.key_tile, width),
+            tiled((plan.warpgroups, plan.rows, width), q.dtype),
+            tiled((plan.stages, plan.key_tile, width), q.dtype),
+            tiled((plan.stages, plan.key_tile, width), q.dtype),
             plgpu.SMEM((plan.warpgroups, 4, plan.rows), jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=plan.warpgroups),
             (plgpu.Barrier(num_barriers=plan.stages),) * 2,

@@ -13,6 +13,7 @@ from pallas_kernels.hopper_forward import ROWS, Sizes, forward
 from pallas_kernels.hopper_tiles import key_plan, query_plan
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
+from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing
 
 # Queries, and keys in the pass for dK and dV, of a thread block: two warpgroups of 64.
@@ -68,19 +69,13 @@ class Hopper:
         return window_attention(q, cache_k, cache_v, layer, intervals)
 
 
-def _pad(x: Array, tile: int, axis: int) -> Array:
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, -x.shape[axis] % tile)
-    return jnp.pad(x, width)
-
-
 def _tiled(x: Array, length: int) -> Array:
     """(B, T, N, H) with whole tiles of tokens, and the width of a product."""
-    return _pad(_pad(x, length, 1), 64, 3)
+    return pad(pad(x, 1, length), 3, 64)
 
 
 def _padded(bounds: Intervals) -> Intervals:
-    return Intervals(*(_pad(x, _TILE, 1) for x in bounds))
+    return Intervals(*(pad(x, 1, _TILE) for x in bounds))
 
 
 def _sizes(impl: Hopper, width: int) -> tuple[Sizes, Sizes, Sizes]:
@@ -122,7 +117,7 @@ def _attention_bwd(impl, residuals, cotangents):
     ends = jnp.stack(padded, axis=1)
     q, d_out = _tiled(q, _TILE), _tiled(d_out, _TILE)
     k, v = _tiled(k, _TILE), _tiled(v, _TILE)
-    lse, d_lse = (_pad(x, _TILE, 2) for x in (lse, d_lse.swapaxes(1, 2)))
+    lse, d_lse = (pad(x, 2, _TILE) for x in (lse, d_lse.swapaxes(1, 2)))
     d_q, stats = backward_queries(
         by_queries, plan, q, k, v, _tiled(out, _TILE), d_out, lse, d_lse, ends
     )

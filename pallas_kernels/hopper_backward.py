@@ -25,11 +25,10 @@ from pallas_kernels.hopper_forward import (
     load_keys,
     read_rows,
     seen,
-    tiled,
     used,
     zero_rows,
 )
-from pallas_kernels.hopper_product import read
+from pallas_kernels.hopper_product import read, tiled
 from pallas_kernels.hopper_tiles import IDLE, OWN, KeyPlan, QueryPlan
 
 

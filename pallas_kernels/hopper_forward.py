@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper_product import read
+from pallas_kernels.hopper_product import read, tiled
 from pallas_kernels.hopper_tiles import QueryPlan
 from pallas_kernels.merge import EMPTY
 
@@ -75,12 +75,6 @@ class Runs(NamedTuple):
     def tile(self, step: Array) -> Array:
         """The key tile of any step."""
         return jnp.where(step < self.full, self.full_tile(step), self.masked_tile(step)[0])
-
-
-def tiled(shape: tuple[int, ...], dtype):
-    """Shared memory as wgmma reads it."""
-    swizzle = plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
 
 
 def row_wise(x: Array) -> Array:

@@ -53,14 +53,15 @@ class Operand(NamedTuple):
     start: Int[Array, ""] | int = 0
 
 
-def _buffer(shape, dtype):
+def tiled(shape: tuple[int, ...], dtype):
+    """Shared memory as wgmma and copies read it."""
     tiling = plgpu.TilingTransform((8, _BYTES // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(_BYTES)))
 
 
 def outbox(dtype):
     """Scratch for `write`: two slots for each computing warpgroup."""
-    return _buffer((2, 2, HALF, _BYTES // jnp.dtype(dtype).itemsize), dtype)
+    return tiled((2, 2, HALF, _BYTES // jnp.dtype(dtype).itemsize), dtype)
 
 
 def write(values: Float[Array, "64 256"], box, half, ref, row, column, reduction=None):
@@ -110,7 +111,7 @@ def item_number(index):
 
 def _operand_buffer(operand: Operand, size: int):
     shape = (size, _STEP) if operand.summed else (_STEP, size)
-    return _buffer((_STAGES, *shape), operand.ref.dtype)
+    return tiled((_STAGES, *shape), operand.ref.dtype)
 
 
 def run(

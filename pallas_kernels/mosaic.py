@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
+from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing, quiet, quiet_cotangents
 from pallas_kernels.tile_sizes import tile_sizes
 from pallas_kernels.tiles import tile_list, tile_map
@@ -101,12 +102,6 @@ class Mosaic:
         )
 
 
-def _pad(x: Array, tile: int, axis: int = 1) -> Array:
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, -x.shape[axis] % tile)
-    return jnp.pad(x, width)
-
-
 def _tile(tile: int, length: int) -> int:
     """Two tiles a row at least where that can be: its two streams should not share one."""
     if length <= 128:
@@ -116,12 +111,12 @@ def _tile(tile: int, length: int) -> int:
 
 def _heads_first(x: Array, tile: int) -> Array:
     """(B, S, K, H) -> (B, K, S, H), padded to whole tiles."""
-    return _pad(x, tile).swapaxes(1, 2)
+    return pad(x, 1, tile).swapaxes(1, 2)
 
 
 def _grouped(x: Array, kv_heads: int, tile: int) -> Array:
     """(B, T, N, ...) -> (B, K, G, T, ...), padded to whole tiles."""
-    x = _pad(x, tile)
+    x = pad(x, 1, tile)
     x = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
     return jnp.moveaxis(x, 1, 3)
 
@@ -132,7 +127,7 @@ def _ungrouped(x: Array, length: int) -> Array:
 
 
 def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> Work:
-    padded = Intervals(*(_pad(x, sizes.query) for x in bounds))
+    padded = Intervals(*(pad(x, 1, sizes.query) for x in bounds))
     tiles = tile_map(padded, keys, sizes.query, sizes.key)
     if tiles.live.size > _ENTRIES:
         raise NotImplementedError(
@@ -141,7 +136,7 @@ def _work(sizes: Sizes, bounds: Intervals, keys: int, by_keys: bool = False) -> 
         )
     ends = (padded.a0, padded.b0), (padded.a1, padded.b1)
     rows = jnp.stack([jnp.stack(x, axis=1) for x in ends], axis=2)
-    return Work(tile_list(tiles, by_keys), _pad(rows, 8, axis=2))
+    return Work(tile_list(tiles, by_keys), pad(rows, 2, 8))
 
 
 def _sizes(impl: Mosaic, q, k) -> Sizes:
@@ -197,7 +192,7 @@ def _attention_bwd(impl, residuals, cotangents):
         _heads_first(k, sizes.key),
         _heads_first(v, sizes.key),
         _grouped(d_out, kv_heads, sizes.query),
-        _pad(stats, 8, axis=2),
+        pad(stats, 2, 8),
     )
     d_q = backward_queries(sizes, _work(sizes, bounds, keys), *arguments)
     d_k, d_v = backward_keys(sizes, _work(sizes, bounds, keys, by_keys=True), *arguments)

@@ -23,10 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.merge import EMPTY
+from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing
 from pallas_kernels.tpu_grid import LANES, LOG2E, dot, lane_sums, wide
 
 _QUERIES = 256
+# A 16-bit tile of the chip: queries of padding see nothing.
+_SUBLANES = 16
 # Queries times heads of a group times bytes of a number, at head_dim 128.
 _ROW_BYTES = 4096
 _LAST = jnp.iinfo(jnp.int32).max
@@ -103,8 +106,8 @@ def window_attention(
             f"are too many in {q.dtype}; use Blockwise()"
         )
     # The heads of a group stand side by side as queries.
-    folded = _pad(q.swapaxes(1, 2).reshape(batch, kv_heads, group * length, width), 2)
-    columns = _pad(jnp.tile(jnp.stack(intervals, axis=2), (1, group, 1)), 1)
+    folded = pad(q.swapaxes(1, 2).reshape(batch, kv_heads, group * length, width), 2, _SUBLANES)
+    columns = pad(jnp.tile(jnp.stack(intervals, axis=2), (1, group, 1)), 1, _SUBLANES)
     found = cover(intervals, tile)
     out, lse = _call(folded, columns, cache_k, cache_v, layer, found, interpret, tile)
 
@@ -113,13 +116,6 @@ def window_attention(
         return x.swapaxes(1, 2)
 
     return unfold(out), unfold(lse)
-
-
-def _pad(x: Array, axis: int) -> Array:
-    """Zeros up to whole tiles of 16 sublanes: queries of padding, which see nothing."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % 16)
-    return jnp.pad(x, widths)
 
 
 def _heads_per_step(kv_heads: int, rows: int, head_bytes: int) -> int:

@@ -1,10 +1,11 @@
 """A Llama 3.2 1B shape on a v5e-256 slice, from random weights: planned, never run.
 
 bdjax plan configs/pod_1b.py --topology v5e-256
-Two CPU cores, jax 0.10.2, libtpu 0.0.42.1, 2026-11-23: 81 s in all, 2.0 GB on the host. Per chip:
-state 0.68 GiB, temporaries 2.45, in all 3.17 of 16.00 GiB. 14.0 PFLOP a step; 226 all-gathers,
-3.63 GiB, and 36 all-reduces, 1.82 GiB. Data-sheet bound: 374 ms a step, 2.8 M clean tokens/s.
-The plan "here" against the measured peak, both 18.758 GB (H100, jax 0.11.2, 2026-11-23):
+Two CPU cores, jax 0.10.2, libtpu 0.0.42.1, 2026-11-27: 114 s in all on a slow machine. Per chip:
+state 0.68 GiB, temporaries 2.25, in all 2.97 of 16.00 GiB. 13.9 PFLOP a step; 226 all-gathers,
+3.63 GiB, and 37 all-reduces, 1.82 GiB. Data-sheet bound: 374 ms a step, 2.8 M clean tokens/s.
+The plan "here" against the measured peak, both 18.758 GB (H100, jax 0.11.2, 2026-11-23, with cuDNN
+attention and the head in XLA's loops):
 python tools/plan_check.py configs/pod_1b.py mesh.data=1 mesh.fsdp=1 data.batch_size=2
 """
 

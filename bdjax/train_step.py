@@ -60,8 +60,6 @@ def train_step(
     parts, grads = gradients(
         objective, model, state.params, row, dropout, state.step, pieces=optimiser.accumulate
     )
-    # An unrolled model's gradients come layer by layer: stacked once, not in each of their readers.
-    grads = jax.lax.optimization_barrier(grads)
     with jax.named_scope("optimiser"):
         params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
     ema = state.ema

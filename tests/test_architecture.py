@@ -18,7 +18,7 @@ LAYERS = (
     # Leaves: nothing of bdjax.
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
     + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
-    + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
+    + ("prefetch", "pretrained", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
     ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "nll", "parameters", "policies")
     + ("reading", "seeds"),
     ("cache", "draws", "embedding", "muon", "readout", "sources"),
@@ -49,7 +49,7 @@ KNOWN_BY = {
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "reading")
+WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "pretrained", "reading")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

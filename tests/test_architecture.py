@@ -19,10 +19,11 @@ LAYERS = (
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
     + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
     + ("prefetch", "pretrained", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "nll", "parameters", "policies")
-    + ("reading", "seeds"),
-    ("cache", "draws", "embedding", "muon", "readout", "sources"),
-    ("model", "noise", "optim"),
+    ("attention", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout", "nll")
+    + ("parameters", "policies", "reading", "seeds"),
+    ("cache", "draws", "embedding", "gguf_tensors", "gguf_tokenizer", "muon", "readout")
+    + ("sources",),
+    ("gguf_file", "model", "noise", "optim"),
     ("objective", "step"),
     ("flops", "levels"),
     ("loss",),
@@ -39,6 +40,7 @@ KNOWN_BY = {
     "orbax": {"checkpoint"},
     "optax": {"muon", "optim"},
     "flax": {"model"},
+    "gguf": {"gguf_tensors"},
     "grain": {"data"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},

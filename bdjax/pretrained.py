@@ -5,7 +5,7 @@ the files were; matrices are [out, in]. Nothing here, and nothing read, is execu
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ class PretrainedError(ValueError):
     """Files of a model that cannot be read, or not exactly; the text says which and what to do."""
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """The arrays of a model's files by their names, read slice by slice."""
 

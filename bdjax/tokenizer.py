@@ -41,6 +41,21 @@ class Tokenizer:
         """Ids are 0..vocab_size-1."""
         raise NotImplementedError
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Each of them ends a text that is being written."""
+        return (self.eos_id,)
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether a prompt begins with BOS, as every document in training does."""
+        return True
+
+    def banned_ids(self) -> tuple[int, ...]:
+        """What is never drawn: of the ids without text all but those that end one."""
+        sizes = self.token_bytes()
+        return tuple(i for i in range(self.vocab_size) if not sizes[i] and i not in self.stop_ids)
+
     def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
         """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS."""
         raise NotImplementedError

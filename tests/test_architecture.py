@@ -20,15 +20,16 @@ LAYERS = (
     + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
     + ("prefetch", "pretrained", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
     ("attention", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout", "nll")
-    + ("parameters", "policies", "reading", "seeds"),
-    ("cache", "draws", "embedding", "gguf_tensors", "gguf_tokenizer", "muon", "readout")
-    + ("sources",),
-    ("gguf_file", "model", "noise", "optim"),
-    ("objective", "step"),
+    + ("parameters", "policies", "reading", "safetensors_file", "seeds"),
+    ("cache", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer", "hf_folder")
+    + ("muon", "readout", "sources"),
+    ("gguf_file", "model", "noise", "optim", "weights"),
+    ("family_config", "objective", "step"),
     ("flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
-    ("generation", "plan", "speed"),
+    ("importing", "plan", "speed"),
+    ("generation",),
     ("trainer",),
     ("__init__",),
     ("cli",),
@@ -51,7 +52,8 @@ KNOWN_BY = {
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "pretrained", "reading")
+WITHOUT_JAX += ("hf_folder", "hf_tokenizer", "mixture", "prefetch", "pretrained", "reading")
+WITHOUT_JAX += ("safetensors_file",)
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

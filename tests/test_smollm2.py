@@ -6,6 +6,7 @@ The package that holds it is 93 MB: without it, everything here is skipped.
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +32,6 @@ PARAGRAPH = (
     "have learned to keep their cellars empty and their hay on the upper floor."
 )
 CHAT = "<|im_start|>user\nWrite one sentence about the moon.<|im_end|>\n<|im_start|>assistant\n"
-DATA = ROOT.parent / "shared" / "data"
 # Bits per byte of four windows of 512 tokens that start at 1/5, 2/5, 3/5 and 4/5 of the text.
 BITS = {"tinyshakespeare": 1.607, "wikitext2-test": 1.158}
 
@@ -60,9 +60,10 @@ def nll(model, ids):
     """-log p of ids[:, 1:] in nats, (B, T - 1), by one forward of the clean stream."""
     ids = jnp.asarray(ids, jnp.int32)
     at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    hidden, _ = block_step(model.model, model.params, ids, clean_places(at * 0 + 1, at, 1))
     rows, labels = at[:, :-1], ids[:, 1:]
-    found = model.model.readout.nll(model.params, hidden, rows, labels, labels >= 0)
+    with jax.set_mesh(model.config.mesh.build()):
+        hidden, _ = block_step(model.model, model.params, ids, clean_places(at * 0 + 1, at, 1))
+        found = model.model.readout.nll(model.params, hidden, rows, labels, labels >= 0)
     return np.asarray(found, np.float64)
 
 
@@ -70,8 +71,6 @@ def test_a_paragraph_costs_what_numpy_says(model, reference):
     ids = model.config.tokenizer.encode(PARAGRAPH)
     ours, theirs = nll(model, ids[None])[0], reference.nll(ids)
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
-    # Fluent English: without the order of query and key rows put right it is twice this.
-    assert np.exp(theirs.mean()) < 20
 
 
 def test_64_greedy_tokens_are_those_of_numpy(model, reference):
@@ -85,8 +84,8 @@ def test_64_greedy_tokens_are_those_of_numpy(model, reference):
         [ids.tolist() for ids in prompts],
         max_new_tokens=64,
         block_size=1,
-        policy=Sequential(),
-        temperature=0,
+        policy=Sequential(steps=1),
+        temperature=0.0,
         stop=(),
     )
     for ids, ours in zip(prompts, written, strict=True):
@@ -97,7 +96,7 @@ def test_64_greedy_tokens_are_those_of_numpy(model, reference):
 
 def test_the_answer_is_about_the_moon(model):
     ids = model.config.tokenizer.encode_with_specials(CHAT)
-    answer = generate(model, [ids.tolist()], max_new_tokens=48, temperature=0)[0]
+    answer = generate(model, [ids.tolist()], max_new_tokens=48, temperature=0.0)[0]
     assert answer.finish == "stop" and "moon" in answer.text
 
 
@@ -119,9 +118,10 @@ def test_ids_are_those_of_an_independent_bpe(path, model):
 
 @pytest.mark.parametrize("name", BITS)
 def test_bits_per_byte(model, name):
-    file = DATA / f"{name}.txt"
-    if not file.exists():
-        pytest.skip(f"{file.name} is not beside the repository, in shared/data")
+    places = [folder / "shared" / "data" / f"{name}.txt" for folder in ROOT.parents]
+    file = next((place for place in places if place.exists()), None)
+    if file is None:
+        pytest.skip(f"shared/data/{name}.txt is not beside the repository")
     tokenizer = model.config.tokenizer
     ids = tokenizer.encode(file.read_bytes())
     windows = np.stack([ids[n * len(ids) // 5 :][:512] for n in range(1, 5)])

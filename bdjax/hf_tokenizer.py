@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bdjax.corpus import Document
-from bdjax.tokenizer import Tokenizer
+from bdjax.tokenizer import BYTE_OF, Tokenizer, leading
 
 FILE_NAME = "tokenizer.json"
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "cut": "<|cut|>"}
@@ -207,16 +207,14 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _lacking(self) -> frozenset[int]:
         """Bytes without a token, which the library would leave out of a text."""
-        return frozenset(_BYTE_OF[c] for c in set(_BYTE_OF) - _words(self._json).keys())
+        return frozenset(BYTE_OF[c] for c in set(BYTE_OF) - _words(self._json).keys())
 
     @cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of every id of the file; empty for specials and gaps."""
         added = {token["id"]: token for token in self._json.get("added_tokens", [])}
         found = {
-            i: bytes(_BYTE_OF[c] for c in t)
-            for t, i in _words(self._json).items()
-            if i not in added
+            i: bytes(BYTE_OF[c] for c in t) for t, i in _words(self._json).items() if i not in added
         }
         for i, token in added.items():
             found[i] = b"" if token["special"] else token["content"].encode()
@@ -253,6 +251,21 @@ class HuggingFaceTokenizer(Tokenizer):
             found.no_truncation()
             found.no_padding()
         return found
+
+    def spelling(self, number: int) -> str | None:
+        """The text of a special token, None where the file has none."""
+        added = self._json.get("added_tokens", [])
+        return next((token["content"] for token in added if token["id"] == number), None)
+
+    def to_json(self) -> str:
+        """The file's content. Where prompts begin with BOS, a text that it encodes does too."""
+        text = self.spelling(self.bos_id)
+        if not self.leads or text is None or self.adds_bos():
+            return self._data.decode()
+        found = self._json | {
+            "post_processor": leading(self._json.get("post_processor"), text, self.bos_id)
+        }
+        return json.dumps(found, ensure_ascii=False, indent=1)
 
     def adds_bos(self) -> bool:
         """Whether the file itself puts BOS before a text, by its post-processor."""
@@ -300,7 +313,7 @@ def train_tokenizer(
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS.values()),
-        initial_alphabet=sorted(_BYTE_OF),
+        initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
 
@@ -371,8 +384,8 @@ def _require_byte_level(found: dict[str, Any]) -> None:
         if not added["special"] and (added["lstrip"] or added["rstrip"]):
             raise ValueError(f"its token {added['content']!r} takes spaces away")
     added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-    strange = [word for word in model["vocab"] if word not in added and set(word) - set(_BYTE_OF)]
-    lacking = {c for c in set(_BYTE_OF) - set(model["vocab"]) if _BYTE_OF[c] in _IN_ASCII_TEXT}
+    strange = [word for word in model["vocab"] if word not in added and set(word) - set(BYTE_OF)]
+    lacking = {c for c in set(BYTE_OF) - set(model["vocab"]) if BYTE_OF[c] in _IN_ASCII_TEXT}
     if strange or lacking:
         raise ValueError(f"{len(lacking)} bytes and {len(strange)} tokens do not fit its alphabet")
     numbers = [*model["vocab"].values(), *added.values()]
@@ -393,14 +406,6 @@ def _flat(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     return [one for inner in step[name] for one in _flat(inner, name)]
 
 
-def _alphabet() -> dict[str, int]:
-    """Character -> byte: visible bytes of Latin-1 are themselves, the others 256, 257 .."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
-_BYTE_OF = _alphabet()
 # What no text can do without; SmolLM2 has no token for some control characters.
 _IN_ASCII_TEXT = (*range(0x20, 0x7F), *b"\t\n")
 _MOST_GAPS = 1 << 16

@@ -5,7 +5,7 @@ handed to its device, so that beside the parameters only one of them exists a se
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,13 +249,6 @@ def _read_into(out: np.ndarray, tensors: Tensors, one: Stored, file: str, box) -
         # NumPy moves plain integers several times faster than ml_dtypes' bfloat16.
         found, out = found.view(np.uint16), out.view(np.uint16)
     out[...] = found
-
-
-def file_tensors(wanted: Sequence[Stored], params) -> Iterator[tuple[str, Stored, int | None]]:
-    """(file name, parameter, layer) of everything that `params` has to write."""
-    for one in wanted:
-        for layer, file in enumerate(one.files):
-            yield file, one, layer if one.stacked else None
 
 
 def to_file(one: Stored, array: np.ndarray) -> np.ndarray:

@@ -131,13 +131,15 @@ def random_params(model: Model, seed: int = 0, dtype="float32"):
     return map_table(one, model.table())
 
 
-def pretrained(model_type: str, seed: int = 0, dtype="float32", **more) -> Pretrained:
+def pretrained(
+    model_type: str, seed: int = 0, dtype="float32", rows: int = ROWS, **more
+) -> Pretrained:
     """A model of the family with random weights, in memory, without a tokenizer."""
     # As many names as layers are looked for.
     names = {str(n): np.zeros(0, np.float32) for n in range(99)}
     empty = Pretrained(config=config(model_type, **more), tensors=Arrays(names), where="tiny")
-    family, model = network(empty)
-    arrays = arrays_of(family, model, random_params(model, seed, dtype))
+    family, model = network(empty, rows)
+    arrays = arrays_of(family, model, random_params(model, seed, dtype), rows)
     return Pretrained(config=empty.config, tensors=Arrays(arrays), where="tiny")
 
 

@@ -30,8 +30,9 @@ LAYERS = (
     ("config", "likelihood", "presets", "sampler", "train_step"),
     ("importing", "plan", "speed"),
     ("generation",),
-    ("trainer",),
+    ("exporting", "trainer"),
     ("__init__",),
+    ("arguments",),
     ("cli",),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -198,7 +199,7 @@ def test_the_command_line_uses_the_public_names_alone():
         and node.value.id == "bdjax"
     }
     assert used - set(bdjax.__all__) <= {"__version__"}
-    assert set(own(path)) <= {"__init__", "display"}
+    assert set(own(path)) <= {"__init__", "arguments", "display"}
 
 
 def test_types_are_shipped():

@@ -7,7 +7,9 @@ import bdjax
 _POLICIES = ("dynamic", "threshold", "static", "sequential", "entropy", "entropy-sdar", "random")
 
 _DTYPES = ("float32", "bfloat16")
-_MODEL = "folder of a run, one checkpoint in it, or a model folder of the Hugging Face hub"
+_MODEL = (
+    "folder of a run, a checkpoint in it, a model folder of the Hugging Face hub, or a .gguf file"
+)
 _DTYPE = "of arithmetic and parameters (default: as they are stored)"
 
 _TRAIN = """\
@@ -40,10 +42,11 @@ example:
 
 
 _IMPORT = """\
-Take a model folder of the Hugging Face hub into a run: step 0 of it, with its tokenizer.
+Take a model folder of the Hugging Face hub, or a GGUF file, into a run: its step 0 and tokenizer.
 
 example:
   bdjax import SDAR-1.7B-Chat --run runs/sdar
+  bdjax import SmolLM2-135M-Instruct.Q4_1.gguf --run runs/smollm2
 """
 _EXPORT = """\
 Write a trained model as a Hugging Face folder, which transformers loads with equal logits.

@@ -241,6 +241,8 @@ def test_rows_that_are_no_heads_are_refused(tmp_path):
         (b"GGUF\x01\x00\x00\x00" + bytes(16), "version 1"),
         (b"GGUF\x03\x00\x00\x00" + bytes(8), "not whole"),
         (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "18446744073709551615 tensors"),
+        # No tensor, one key of 2^40 bytes.
+        (b"GGUF\x03\x00\x00\x00" + bytes(8) + b"\x01" + bytes(12) + b"\x01" + bytes(7), "a key"),
     ],
 )
 def test_what_is_no_gguf_file_is_told_in_a_sentence(tmp_path, start, message):
@@ -264,6 +266,19 @@ def test_a_file_cut_anywhere_or_with_more_behind_it_is_refused(llama, tmp_path):
             open_gguf(written(tmp_path / "x.gguf", data[:size]))
     with pytest.raises(PretrainedError, match="bytes follow its last tensor"):
         open_gguf(written(tmp_path / "x.gguf", data + bytes(64)))
+
+
+def test_tensors_that_change_places_are_refused(llama, tmp_path):
+    """Two of one shape: only their order tells that one would be read as the other."""
+    data, places = bytearray(llama.read_bytes()), []
+    for name in (b"blk.0.attn_k.weight", b"blk.0.attn_v.weight"):
+        # Behind the name: the number of axes, two sizes and the type, then the offset.
+        begin = data.find(name) + len(name) + 4 + 2 * 8 + 4
+        places.append(slice(begin, begin + 8))
+    one, other = places
+    data[one], data[other] = data[other], data[one]
+    with pytest.raises(PretrainedError, match=r"blk\.0\.attn_k\.weight' lies at byte"):
+        open_gguf(written(tmp_path / "x.gguf", data))
 
 
 def test_a_file_that_gets_shorter_is_told(llama, tmp_path):

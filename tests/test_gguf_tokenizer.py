@@ -25,6 +25,7 @@ TEXTS = (
     "\n",
 )
 TRAINED = " ".join(TEXTS) * 3 + " the cat sat on the mats and the hats " * 5
+WHOLE = "two xylophones"
 CHAT = "<|im_start|>user\nHow many <|im_end|> in 12 cats?<|im_end|>\n<|im_start|>assistant\n"
 PRES = {"smollm": "llama", "llama-bpe": "llama", "qwen2": "qwen2"}
 
@@ -33,15 +34,18 @@ PRES = {"smollm": "llama", "llama-bpe": "llama", "qwen2": "qwen2"}
 def read(request, tmp_path_factory):
     """Name of the rules, the author's tokenizer, metadata of the file, what was read of it."""
     pre = request.param
-    text = files.tokenizer(pre, TRAINED, 300)
+    # A token that no merges lead to: Llama 3 takes it for the whole word, the others never.
+    author = json.loads(files.tokenizer(pre, TRAINED, 300))
+    size = len(author["model"]["vocab"]) + 1
+    author["model"]["vocab"]["Ġxylophones"] = size - 1
+    text = json.dumps(author)
     path = tmp_path_factory.mktemp(pre) / "x.gguf"
-    size = 259 + 300
     found = files.arrays(PRES[pre], size)
     files.write(path, PRES[pre], found, json_text=text, pre=pre)
     return pre, text, read_header(path).metadata, open_gguf(path).tokenizer_json
 
 
-@pytest.mark.parametrize("text", [*TEXTS, TRAINED, CHAT], ids=range(len(TEXTS) + 2))
+@pytest.mark.parametrize("text", [*TEXTS, TRAINED, CHAT, WHOLE], ids=range(len(TEXTS) + 3))
 def test_ids_are_those_of_the_author_and_of_an_independent_bpe(read, text):
     pre, author, metadata, found = read
     ids = tokenizers.Tokenizer.from_str(found).encode(text, add_special_tokens=False).ids

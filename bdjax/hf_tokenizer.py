@@ -199,7 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
             _require_byte_level(found)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is no tokenizer.json of a byte-level BPE: {str(error)[:300]}; train "
+                f"{self.path} is no tokenizer.json of a byte-level BPE: {_sentence(error)}; train "
                 "one with bdjax tokenizer"
             ) from error
         return found
@@ -349,8 +349,13 @@ def _no_panic(path: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, ValueError, MemoryError):
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} cannot be used by the library tokenizers: {reason}") from error
+        raise ValueError(
+            f"{path} cannot be used by the library tokenizers: {_sentence(error)}"
+        ) from error
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _words(found: dict[str, Any]) -> dict[str, int]:
@@ -397,10 +402,12 @@ def _require_byte_level(found: dict[str, Any]) -> None:
         raise ValueError(f"its id {max(numbers)} leaves more than {_MOST_GAPS} ids without a token")
 
 
-def _flat(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The steps of a nested sequence."""
+def _flat(step: Any, name: str) -> list[dict[str, Any]]:
+    """The steps of a nested sequence. Raises ValueError for what is none."""
     if step is None:
         return []
+    if not isinstance(step, dict):
+        raise ValueError(f"one of its {name} is {str(step)[:80]}")
     if step["type"] != "Sequence":
         return [step]
     return [one for inner in step[name] for one in _flat(inner, name)]

@@ -242,6 +242,8 @@ def _tokenizer(pretrained: Pretrained, rows: int, mask_id: int | None) -> Huggin
         text=pretrained.tokenizer_json,
         bos=begins[0],
         eos=ends[0],
+        # An AR model has no use for a mask: its own is no row of the embedding, so that banning it
+        # takes no probability away.
         mask=rows if mask_id is None else mask_id,
         stops=tuple(ends[1:]),
         size=rows,
@@ -258,9 +260,7 @@ def _tokenizer(pretrained: Pretrained, rows: int, mask_id: int | None) -> Huggin
             f"{where} has a tokenizer.json of {named} ids and an embedding of {rows} rows; use the "
             "tokenizer.json that belongs to the model"
         )
-    # An AR model's mask is the first id without a token: within the padding, or right after it.
-    mask = named if mask_id is None else mask_id
-    return replace(found, mask=mask, leads=found.adds_bos())
+    return replace(found, leads=found.adds_bos())
 
 
 def _tokenizer_path(pretrained: Pretrained) -> str:

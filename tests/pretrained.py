@@ -1,6 +1,7 @@
 """Tiny models in the files of every family, written from our own table, without torch."""
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def config(model_type: str, **more) -> dict:
     """A config.json with the keys that the family uses."""
     family = family_of(model_type, "test")
     found = BASE | {"model_type": model_type} | SPECIAL[model_type] | more
-    return {family.keys.get(key, key): value for key, value in found.items()}
+    return {family.keys.get(key, key): deepcopy(value) for key, value in found.items()}
 
 
 @cache

@@ -111,13 +111,14 @@ def test_a_model_of_our_own_is_itself_again(tmp_path):
     assert c.tokenizer.decode(c.tokenizer.encode(text)) == text
 
 
-def test_a_mask_beyond_the_ids_of_an_ar_model_is_not_written(tokenizer, tmp_path):
-    # 280 ids, 280 rows: the mask of block size 1 is id 280, which the model never had.
+def test_the_mask_of_an_ar_model_is_not_written(tokenizer, tmp_path):
+    """Its id is beyond the embedding, which grows by rows of zeros that nothing reads."""
     found = pretrained("llama", vocab_size=IDS, rows=IDS)
     there = write_folder(tmp_path / "there", found, tokenizer)
     loaded = bdjax.load(there)
     assert loaded.config.tokenizer.mask_id == IDS and loaded.config.vocab_size == ROWS
     assert loaded.params["embed"].shape == (ROWS, 32)
+    assert not np.asarray(loaded.params["embed"][IDS:]).any()
     assert set(loaded.model.readout.banned) == set(range(IDS, ROWS))
     back = bdjax.export_model(loaded, tmp_path / "back")
     assert contents(back) == contents(there)

@@ -13,7 +13,6 @@ import pytest
 from pretrained import (
     BOS,
     EOS,
-    IDS,
     MASK,
     ROWS,
     TYPES,
@@ -122,8 +121,8 @@ def test_dtype_of_the_files_or_the_one_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "model_type, mask, block, alignment, clean",
     [
-        ("llama", IDS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
-        ("qwen3", IDS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
+        ("llama", ROWS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
+        ("qwen3", ROWS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
         ("sdar", MASK, 4, Alignment.SAME_POSITION, CleanMode.BLOCK),
         ("Fast_dLLM_Qwen", MASK, 8, Alignment.SHIFTED_NOISY, CleanMode.BLOCK),
         ("Dream", MASK, 64, Alignment.SHIFTED_NOISY, CleanMode.BLOCK),
@@ -141,9 +140,9 @@ def test_sampling_facts(tokenizer, model_type, mask, block, alignment, clean):
     assert made.block_size() == block
     assert (made.objective.alignment, made.model.clean) == (alignment, clean)
     assert made.tokenizer.stop_ids == (EOS, 3) and made.tokenizer.bos_id == BOS
-    # Nothing but the mask is banned, as nothing is where the model comes from.
-    assert made.build_model().readout.banned == (mask,)
-    assert made.vocab_size == ROWS
+    # Nothing of the model's own but a mask is banned, as nothing is where it comes from.
+    assert made.build_model().readout.banned == (mask, *range(ROWS + 1, made.vocab_size))
+    assert made.vocab_size == (ROWS if mask == MASK else ROWS + 8)
     parameters_of(found, made)
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pretrained import TYPES, config, network
+from pretrained import BOS, EOS, MASK, TEXT, TYPES, config, network, tokenizer_json
 
+import bdjax
 from bdjax.families import family_of
 from bdjax.hf_folder import INDEX, read_folder
+from bdjax.hf_tokenizer import HuggingFaceTokenizer
 from bdjax.layout import clean_places
 from bdjax.step import block_step
 from bdjax.weights import check_tensors, load_parameters, stored
@@ -143,3 +145,145 @@ def test_the_config_of_transformers_4_means_the_same(tokens, tmp_path):
     del found["dtype"], found["head_dim"]
     (folder / "config.json").write_text(json.dumps(found | older | {"num_key_value_heads": 2}))
     np.testing.assert_array_equal(states(folder, tokens, None)[1], wanted)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_json(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "smollm3", "qwen2", "qwen3", "sdar", "llada"])
+def test_an_export_is_the_same_model_in_transformers(model_type, tokens, tokenizer, tmp_path):
+    model, base = theirs(model_type)
+    folder = save(model, base, model_type, tmp_path / "there")
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    out = bdjax.export_model(bdjax.load(folder), tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert type(back).__name__ == CLASSES[model_type]
+    for block in (None, 4):
+        mask = None if block is None else block_mask(block, len(tokens))
+        with torch.no_grad():
+            wanted = model(torch.tensor(tokens), attention_mask=mask).logits
+            got = back(torch.tensor(tokens), attention_mask=mask).logits
+        np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=1e-4)
+    assert back.generation_config.eos_token_id == EOS
+    read = transformers.AutoTokenizer.from_pretrained(out)
+    assert (
+        read("the cat")["input_ids"] == bdjax.load(out).config.tokenizer.encode("the cat").tolist()
+    )
+
+
+def test_a_model_of_our_own_is_served_by_transformers(tokens, tmp_path):
+    from test_exporting import model_of
+
+    from bdjax.tokenizer import ByteTokenizer
+
+    own = model_of(ByteTokenizer(), qk_norm=True, tied_head=True, head_dim=16)
+    out = bdjax.export_model(own, tmp_path / "out", shard_bytes=20_000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = tokens % ByteTokenizer.vocab_size
+    at = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    hidden, _ = block_step(own.model, own.params, jnp.asarray(ids), clean_places(at * 0 + 1, at, 8))
+    logits = np.asarray(hidden @ own.model.readout.matrix(own.params, hidden.dtype).T)
+    with torch.no_grad():
+        got = back(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(got, logits[..., : ByteTokenizer.vocab_size], atol=1e-4)
+    read = transformers.AutoTokenizer.from_pretrained(out)
+    text = "naïve 𝄞\n\tcode()  <|eos|>"
+    bytes_ = [
+        ByteTokenizer.bos_id,
+        *ByteTokenizer().encode(text[:-7]).tolist(),
+        ByteTokenizer.eos_id,
+    ]
+    assert read(text)["input_ids"] == bytes_
+    assert read.decode(bytes_, skip_special_tokens=True) == text[:-7]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_greedy_text_is_that_of_generate(model_type, tokenizer, tmp_path):
+    """Blocks of one token, token-causal, read from the clean token before: an AR model."""
+    model, base = theirs(model_type)
+    folder = save(model, base, model_type, tmp_path)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    loaded = bdjax.load(folder)
+    prompts = [[5, 9, 200, 31, 7], [40, 41]]
+    written = bdjax.generate(loaded, prompts, max_new_tokens=24, temperature=0.0)
+    for prompt, got in zip(prompts, written, strict=True):
+        with torch.no_grad():
+            wanted = model.generate(
+                torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=EOS
+            )[0, len(prompt) :].numpy()
+        assert got.tokens.tolist() == wanted.tolist()
+        with torch.no_grad():
+            whole = model(torch.tensor([[*prompt, *wanted.tolist()]])).logits[0]
+        said = torch.log_softmax(whole, -1)[len(prompt) - 1 : -1]
+        said = said.gather(-1, torch.tensor(wanted)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(got.logprob_raw, said, atol=1e-4)
+
+
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = (
+    "The quick brown fox, 1234567 times; don't!",
+    "El niño comió una manzana. Grüße aus Köln. Ça va?",
+    "Съешь ещё этих мягких французских булок. 春眠不觉晓，处处闻啼鸟。こんにちは",
+    "مرحبا بالعالم हिन्दी ไทย 한국어 עברית",
+    "def f(x):\n\treturn {k: v**2 for k, v in x.items()}  # 0x1F\r\n\r\n    pass\n",
+    "e\u0301 \u1e9b\u0323 \u2126 👩‍👩‍👧‍👦 𝄞 \u00a0\u3000 ﬁ",
+    "<|bos|>user\nhi<|eos|>\n<think>\n</think> <|mask|>",
+    "",
+    " ",
+    "\n\n\n   \t x",
+)
+
+
+def real_tokenizers():
+    """Tokenizers put together like those of the families, trained on the texts above."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pre, rex = tokenizers.pre_tokenizers, tokenizers.Regex
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre.Sequence([pre.Split(rex(QWEN), "isolated"), level])
+    digits = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(False)])
+    made = {}
+    for name, steps in (("qwen", split), ("llama", split), ("smol", digits)):
+        one = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name == "llama"))
+        one.normalizer = tokenizers.normalizers.NFC() if name == "qwen" else None
+        one.pre_tokenizer, one.decoder = steps, tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=700,
+            special_tokens=["<|bos|>", "<|eos|>", "<|mask|>"],
+            initial_alphabet=pre.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        one.train_from_iterator([*TEXTS, TEXT], trainer)
+        one.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+        one.add_tokens([tokenizers.AddedToken("</think>", special=False, normalized=False)])
+        if name == "llama":
+            one.post_processor = tokenizers.processors.TemplateProcessing(
+                single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)]
+            )
+        made[name] = one.to_str()
+    return made
+
+
+def test_token_ids_are_those_of_transformers(tmp_path):
+    for name, text in real_tokenizers().items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(text, encoding="utf-8")
+        library = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(path), clean_up_tokenization_spaces=False
+        )
+        ours = HuggingFaceTokenizer(path=str(path))
+        assert ours.adds_bos() == (name == "llama") and ours.mask_id == MASK
+        sizes = ours.token_bytes()
+        for one in TEXTS:
+            wanted = library(one, add_special_tokens=False)["input_ids"]
+            assert ours.encode_with_specials(one).tolist() == wanted, (name, one)
+            ids = ours.encode(one)
+            normal = ours.normalised(one)
+            if "<|" not in one:
+                assert ids.tolist() == wanted
+            assert sizes[ids].sum() == len(normal.encode()) and ours.decode(ids) == normal
+            assert library.decode(wanted, skip_special_tokens=True) == ours.decode(wanted)

@@ -40,6 +40,8 @@ _ROPED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.(weight|bias)")
 _SILENT = ("rope.scaling.finetuned",)
 # Published Llama 3.1 and 3.2 models share these; the file has only the frequencies they lead to.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+# What float32 can hold.
+_SMALLEST, _LARGEST = 1e-37, 1e37
 
 
 class _Keys:
@@ -69,7 +71,7 @@ class _Keys:
     def real(self, name: str, default: float | None = None) -> float:
         """A positive number, as the shortest decimal that float32 rounds to it (1e-05)."""
         found = self._take(name, default)
-        if type(found) is not float or not 0 < np.float32(found) < math.inf:
+        if type(found) is not float or not _SMALLEST < found < _LARGEST:
             raise PretrainedError(
                 f"{self.path} has {self.prefix}{name}={shown(found)}, expected a positive number"
             )
@@ -80,12 +82,12 @@ class _Keys:
         kind = self._take("rope.scaling.type", "none")
         factor = self.real("rope.scaling.factor", 1.0)
         original = self.whole("rope.scaling.original_context_length", 0)
-        if kind == "none":
-            return None
         if not isinstance(kind, str):
             raise PretrainedError(
                 f"{self.path} has {self.prefix}rope.scaling.type={shown(kind)}, expected a name"
             )
+        if kind == "none":
+            return None
         found = {"rope_type": kind, "factor": factor}
         return found | ({"original_max_position_embeddings": original} if original else {})
 
@@ -109,18 +111,20 @@ def open_gguf(path: str | Path) -> Pretrained:
     path = Path(path)
     header = read_header(path)
     metadata = header.metadata
-    architecture = metadata.get("general.architecture")
-    if metadata.get("general.type", "model") != "model":
-        raise PretrainedError(f"{path} holds a {shown(metadata['general.type'])}, expected a model")
-    if architecture not in _CLASSES:
+    architecture, what = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    parts = metadata.get("split.count", 1)
+    # Any key may hold an array, which compares with nothing.
+    if not isinstance(what, str) or what != "model":
+        raise PretrainedError(f"{path} holds a {shown(what)}, expected a model")
+    if not isinstance(architecture, str) or architecture not in _CLASSES:
         raise PretrainedError(
             f"{path} is a model of the architecture {shown(architecture)}; "
             f"{', '.join(sorted(_CLASSES))} are read"
         )
-    if metadata.get("split.count", 1) != 1:
+    if not isinstance(parts, int) or parts != 1:
         raise PretrainedError(
-            f"{path} is one of {shown(metadata['split.count'])} parts of a model; type "
-            "llama-gguf-split --merge FIRST-PART WHOLE.gguf (llama.cpp)"
+            f"{path} is one of {shown(parts)} parts of a model; type llama-gguf-split --merge "
+            "FIRST-PART WHOLE.gguf (llama.cpp)"
         )
     stored = lay_out(path, header)
     frequencies = stored.pop(_FREQUENCIES, None)

@@ -133,7 +133,7 @@ def tokenizer_config(metadata: dict[str, Any], where: str) -> dict[str, Any]:
         if token is not None:
             found[f"{name}_token"] = tokens[token]
     for name in ("add_bos_token", "add_eos_token"):
-        found[name] = bool(metadata.get(f"tokenizer.ggml.{name}", False))
+        found[name] = metadata.get(f"tokenizer.ggml.{name}", False) is True
     return found
 
 
@@ -153,12 +153,12 @@ def special_id(metadata: dict[str, Any], key: str, size: int, where: str) -> int
 
 def _rules(metadata: dict[str, Any], where: str) -> _Rules:
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if not isinstance(kind, str) or kind != "gpt2":
         raise PretrainedError(
             f"{where} has a tokenizer of kind {shown(kind)} (tokenizer.ggml.model), and byte-level "
             "BPE ('gpt2') is read; take a file of a Llama 3, SmolLM2 or Qwen model"
         )
-    if metadata.get("tokenizer.ggml.add_space_prefix", False):
+    if metadata.get("tokenizer.ggml.add_space_prefix", False) is not False:
         raise PretrainedError(
             f"{where} sets tokenizer.ggml.add_space_prefix, which changes the text; take a file of "
             "a Llama 3, SmolLM2 or Qwen model"
@@ -210,7 +210,7 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int], where: str) -> list
 def _heads(metadata: dict[str, Any], tokens: list[str], where: str) -> dict[str, Any]:
     """The post-processor: BOS before a text where the model's own tokenizer puts it."""
     bos = special_id(metadata, "bos", len(tokens), where)
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", False):
+    if bos is None or metadata.get("tokenizer.ggml.add_bos_token", False) is not True:
         return _byte_level(True)
     head = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}

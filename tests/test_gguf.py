@@ -202,6 +202,21 @@ REFUSED = {
 }
 
 
+ANY_TYPE = ("general.architecture", "general.type", "split.count", "general.alignment")
+ANY_TYPE += ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix")
+ANY_TYPE += ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
+ANY_TYPE += ("tokenizer.ggml.bos_token_id", "tokenizer.chat_template", "llama.rope.freq_base")
+ANY_TYPE += ("llama.rope.scaling.type", "llama.block_count", "llama.vocab_size")
+
+
+@pytest.mark.parametrize("value", [[1, 2], ["a", "b"], -1.5, 1e38], ids=str)
+@pytest.mark.parametrize("key", ANY_TYPE)
+def test_values_of_a_wrong_type_are_refused(tmp_path, key, value):
+    path = files.write(tmp_path / "x.gguf", metadata={key: value})
+    with pytest.raises(PretrainedError):
+        open_gguf(path)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, name):
     metadata, message = REFUSED[name]

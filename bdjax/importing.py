@@ -16,6 +16,7 @@ import jax
 from bdjax import presets, weights
 from bdjax.checkpoint import Checkpoints
 from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
+from bdjax.data import Tail
 from bdjax.families import Decoding, Family, family_of
 from bdjax.family_config import ConfigReader, decoder_config, rows_of
 from bdjax.hf_folder import CHAT_TEMPLATE, is_model_folder, read_folder
@@ -99,6 +100,7 @@ def config_of(
                 row_length=row,
                 batch_size=mesh.data * mesh.fsdp,
                 aligned=facts.decoding not in (Decoding.WHOLE, Decoding.WHOLE_SHIFTED),
+                tail=Tail.SHORT if facts.decoding is Decoding.SEEDED_BLOCKS else Tail.FILL,
             ),
             mesh=mesh,
             evaluation=EvaluationConfig(every=0),

@@ -19,7 +19,7 @@ from bdjax import safetensors_file
 from bdjax.config import TrainConfig
 from bdjax.families import Decoding, Family, family_of
 from bdjax.generation import LanguageModel
-from bdjax.hf_folder import INDEX, SINGLE
+from bdjax.hf_folder import CHAT_TEMPLATE, INDEX, SINGLE
 from bdjax.hf_tokenizer import FILE_NAME
 from bdjax.importing import OWN_KEY
 from bdjax.objective import Alignment
@@ -67,6 +67,8 @@ def export_model(
         _write(part / "generation_config.json", _generation(config))
         _write(part / "tokenizer_config.json", _tokenizer_config(config))
         (part / FILE_NAME).write_text(config.tokenizer.to_json(), encoding="utf-8")
+        if language_model.chat_template is not None:
+            (part / CHAT_TEMPLATE).write_text(language_model.chat_template, encoding="utf-8")
         for path in part.iterdir():
             if path.name not in files:
                 with path.open("rb") as file:

@@ -13,7 +13,13 @@ from jaxtyping import Bool, Float, Int
 from bdjax import sharding
 from bdjax.checkpoint import read_config, restore_params
 from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
-from bdjax.importing import config_of, is_pretrained, parameters_of, read_pretrained
+from bdjax.importing import (
+    config_of,
+    is_pretrained,
+    kept_chat_template,
+    parameters_of,
+    read_pretrained,
+)
 from bdjax.objective import Alignment
 from bdjax.policies import Dynamic, Policy
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, State, advance, start
@@ -29,11 +35,12 @@ _COLDEST, _HOTTEST = 1e-6, 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A trained model with everything needed to use it."""
+    """A trained model with everything needed to use it. `chat_template`: Jinja source, not run."""
 
     config: TrainConfig
     model: Model
     params: Any
+    chat_template: str | None = None
 
 
 def load(
@@ -59,7 +66,12 @@ def load(
         config = config_of(pretrained, dtype=dtype, mesh=mesh or MeshConfig())
         with jax.set_mesh(config.mesh.build()):
             params = parameters_of(pretrained, config, dtype=dtype, progress=progress)
-        return LanguageModel(config=config, model=config.build_model(), params=params)
+        return LanguageModel(
+            config=config,
+            model=config.build_model(),
+            params=params,
+            chat_template=pretrained.chat_template,
+        )
     config = config_from_json(read_config(directory, step), directory)
     if mesh is not None or config.mesh.devices > jax.device_count():
         config = replace(config, mesh=mesh or MeshConfig())
@@ -71,7 +83,8 @@ def load(
         if dtype is not None:
             abstract = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), abstract)
         _, params = restore_params(directory, abstract, step, stored_dtype=dtype is None)
-    return LanguageModel(config=config, model=model, params=params)
+    template = kept_chat_template(directory)
+    return LanguageModel(config=config, model=model, params=params, chat_template=template)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from bdjax.safetensors_file import SafetensorsFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
 # Larger than any of the hub's, small enough to parse.
 _LARGEST_JSON, _LARGEST_TOKENIZER = 64 << 20, 256 << 20
 
@@ -39,6 +40,12 @@ def read_folder(folder: str | Path) -> Pretrained:
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(folder, tokenizer_config),
     )
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder has what others' models consist of, if not all of it."""
+    weights = (path for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}"))
+    return (folder / "config.json").is_file() or any(weights)
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -79,7 +86,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """Its own file, else what tokenizer_config.json says; the default one of several."""
-    own = _text(folder / "chat_template.jinja", _LARGEST_JSON, needed=False)
+    own = _text(folder / CHAT_TEMPLATE, _LARGEST_JSON, needed=False)
     if own is not None:
         return own
     found = _object(folder / "chat_template.json", needed=False).get("chat_template")

@@ -16,10 +16,11 @@ import jax
 from bdjax import presets, weights
 from bdjax.checkpoint import Checkpoints
 from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
+from bdjax.data import Tail
 from bdjax.families import Decoding, Family, family_of
 from bdjax.family_config import ConfigReader, decoder_config, rows_of
 from bdjax.gguf_file import open_gguf
-from bdjax.hf_folder import read_folder
+from bdjax.hf_folder import CHAT_TEMPLATE, is_model_folder, read_folder
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
 from bdjax.manifest import CheckpointError
 from bdjax.objective import Alignment
@@ -57,8 +58,8 @@ def read_pretrained(path: str | Path) -> Pretrained:
 def is_pretrained(path: str | Path) -> bool:
     """Whether `path` is somebody else's model rather than a run or a checkpoint of ours."""
     path = Path(path)
-    folder = (path / "config.json").is_file() and not (path / "bdjax.json").exists()
-    return folder or _is_gguf(path)
+    ours = (path / name for name in ("bdjax.json", "arrays"))
+    return _is_gguf(path) or (is_model_folder(path) and not any(part.exists() for part in ours))
 
 
 def _is_gguf(path: Path) -> bool:
@@ -108,6 +109,7 @@ def config_of(
                 row_length=row,
                 batch_size=mesh.data * mesh.fsdp,
                 aligned=facts.decoding not in (Decoding.WHOLE, Decoding.WHOLE_SHIFTED),
+                tail=Tail.SHORT if facts.decoding is Decoding.SEEDED_BLOCKS else Tail.FILL,
             ),
             mesh=mesh,
             evaluation=EvaluationConfig(every=0),
@@ -165,6 +167,9 @@ def import_model(
         try:
             kept = config.tokenizer.keep(run, write=jax.process_index() == 0)
             config = replace(config, tokenizer=kept)
+            if pretrained.chat_template is not None and jax.process_index() == 0:
+                path = run / CHAT_TEMPLATE
+                path.write_text(pretrained.chat_template, encoding="utf-8")
             with Checkpoints(run) as checkpoints:
                 checkpoints.save(0, {"params": params}, to_json(config))
                 checkpoints.wait()
@@ -173,6 +178,14 @@ def import_model(
                 shutil.rmtree(run, ignore_errors=True)
             raise
     return config
+
+
+def kept_chat_template(directory: str | Path) -> str | None:
+    """The chat template that came with the model of a run, or of one of its checkpoints."""
+    directory = Path(directory).absolute()
+    places = [folder / CHAT_TEMPLATE for folder in (directory, *directory.parents[:2])]
+    found = next((path for path in places if path.is_file()), None)
+    return None if found is None else found.read_text(encoding="utf-8")
 
 
 def _facts(pretrained: Pretrained, family: Family) -> _Facts:

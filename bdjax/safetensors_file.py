@@ -94,9 +94,12 @@ class SafetensorsFiles:
         if not out.size:
             return out
         view = memoryview(out.reshape(-1).view(np.uint8))
-        with entry.path.open("rb", buffering=0) as file:
-            for at, begin, length in _runs(entry.shape, ends, out.itemsize):
-                _fill(file.fileno(), view[at : at + length], entry.offset + begin, entry.path)
+        try:
+            with entry.path.open("rb", buffering=0) as file:
+                for at, begin, length in _runs(entry.shape, ends, out.itemsize):
+                    _fill(file.fileno(), view[at : at + length], entry.offset + begin, entry.path)
+        except OSError as error:
+            raise PretrainedError(f"{entry.path} cannot be read: {error.strerror}") from error
         return out
 
 
@@ -135,12 +138,15 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     if not path.is_file():
         raise PretrainedError(f"{path} is no file that can be read; download the model again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise fail(f"its header of {length} bytes does not fit its {size} bytes")
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise fail(f"its header of {length} bytes does not fit its {size} bytes")
+            text = file.read(length)
+    except OSError as error:
+        raise PretrainedError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

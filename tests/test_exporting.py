@@ -41,6 +41,8 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     found = pretrained(model_type, dtype="bfloat16" if model_type == "sdar" else "float32")
     generation = {"eos_token_id": [1, 3]}
     there = write_folder(tmp_path / "there", found, tokenizer, generation_config=generation)
+    template = "{% for m in messages %}{{ m.role }}: é{{ m.content }}{% endfor %}"
+    (there / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     loaded = bdjax.load(there)
     back = bdjax.export_model(loaded, tmp_path / "back", model_type=model_type)
     assert contents(back) == contents(there)
@@ -48,6 +50,7 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     equal_bitwise(again.params, loaded.params)
     assert again.model == loaded.model and again.config.tokenizer == loaded.config.tokenizer
     assert again.config.objective == loaded.config.objective
+    assert again.chat_template == loaded.chat_template == template
     assert not (tmp_path / "back.part").exists()
     # As the base architecture, which transformers knows, it is the same model too.
     base = bdjax.export_model(loaded, tmp_path / "base", dtype="float32")

@@ -21,11 +21,16 @@ def tokenizer(tmp_path_factory) -> str:
     return tokenizer_json(tmp_path_factory.mktemp("tokenizer"))
 
 
+DEFAULT_TEMPLATE = {"name": "default", "template": "{{ messages[0].content }}"}
+
+
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     """An SDAR model in bfloat16."""
     path = tmp_path_factory.mktemp("model") / "sdar"
-    return write_folder(path, pretrained("sdar", dtype="bfloat16"), tokenizer)
+    template = {"chat_template": [{"name": "tool", "template": "x"}, DEFAULT_TEMPLATE]}
+    found = pretrained("sdar", dtype="bfloat16")
+    return write_folder(path, found, tokenizer, tokenizer_config=template)
 
 
 def equal_bitwise(one, other):
@@ -50,6 +55,7 @@ def test_a_run_is_the_folder_it_was_imported_from(folder, tmp_path, capsys):
         assert tokenizer.stop_ids == (EOS,) and tokenizer.vocab_size == ROWS
     assert kept.config.tokenizer.path == str(run / "tokenizer.json")
     assert kept.config.tokenizer.text is None
+    assert kept.chat_template == direct.chat_template == DEFAULT_TEMPLATE["template"]
     wide = bdjax.load(run, dtype="float32")
     assert wide.params["embed"].dtype == "float32" and wide.model.decoder.dtype == "float32"
     equal_bitwise(wide.params, bdjax.load(folder, dtype="float32").params)
@@ -140,6 +146,13 @@ def test_a_bad_folder_is_one_sentence_and_exit_code_2(fault, tokenizer, tmp_path
     assert said.err.startswith("bdjax: ") and len(said.err.strip().splitlines()) == 1
     assert re.search(message, said.err), said.err
     assert "Traceback" not in said.err and not (tmp_path / "run").exists()
+
+
+def test_weights_without_a_config_are_a_model_folder_that_lacks_it(tokenizer, tmp_path, capsys):
+    bad = write_folder(tmp_path / "bad", pretrained("sdar"), tokenizer)
+    (bad / "config.json").unlink()
+    assert main(["sample", str(bad)]) == 2
+    assert "has no config.json; type a folder of the Hugging Face hub" in capsys.readouterr().err
 
 
 def test_nothing_that_looks_like_a_path_in_an_index_is_followed(tokenizer, tmp_path, capsys):

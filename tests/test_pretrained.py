@@ -256,6 +256,35 @@ def test_boxes_of_a_file_are_those_of_the_array(tmp_path):
         np.testing.assert_array_equal(whole, array)
 
 
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.normal(size=s).astype(np.float32) for n, s in (("a.b", (3, 4)), ("é", (5,)))}
+    found = Pretrained(config={}, tensors=Arrays(arrays), where="")
+    written = library.load_file(write_folder(tmp_path, found, None) / "model.safetensors")
+    assert written.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(written[name], array)
+    library.save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = SafetensorsFiles(tmp_path / "theirs.safetensors")
+    for name, array in arrays.items():
+        box = tuple(slice(1, n) for n in array.shape)
+        np.testing.assert_array_equal(theirs.read(name, box), array[box])
+
+
+def test_a_vocabulary_that_ends_inside_a_shard_goes_on_with_zeros():
+    """281 rows of the files, 288 of ours: the second of two tensor shards ends in zeros."""
+    found = pretrained("qwen3", rows=281, vocab_size=281)
+    family, model = network(found)
+    wanted = stored(family, model.table(), 281)
+    with jax.set_mesh(make_mesh(tensor=2, fsdp=2)):
+        params = load_parameters(found, wanted)
+    for name, file in (("embed", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
+        got = np.asarray(params[name])
+        np.testing.assert_array_equal(got[:281], found.tensors.arrays[file])
+        assert got.shape == (ROWS, 32) and not got[281:].any()
+
+
 def test_layers_without_rope_see_no_positions():
     """A stack that never rotates gives the same states wherever its rows stand."""
     found = pretrained("smollm3")

@@ -14,6 +14,7 @@ import pytest
 from pretrained import BOS, EOS, MASK, TEXT, TYPES, config, network, tokenizer_json
 
 import bdjax
+from bdjax.corpus import Document
 from bdjax.families import family_of
 from bdjax.hf_folder import INDEX, read_folder
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
@@ -219,6 +220,26 @@ def test_greedy_text_is_that_of_generate(model_type, tokenizer, tmp_path):
         said = torch.log_softmax(whole, -1)[len(prompt) - 1 : -1]
         said = said.gather(-1, torch.tensor(wanted)[:, None])[:, 0].numpy()
         np.testing.assert_allclose(got.logprob_raw, said, atol=1e-4)
+
+
+def test_evaluation_is_the_likelihood_of_transformers(tokenizer, tmp_path):
+    model, base = theirs("qwen2")
+    folder = save(model, base, "qwen2", tmp_path)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    loaded = bdjax.load(folder)
+    texts = ["the cat sat on the mat", "é and 𝄞", "the dog did not. the dog"]
+    documents = [Document(str(n), text.encode()) for n, text in enumerate(texts)]
+    found = bdjax.evaluate(loaded, documents)
+    nats = tokens = 0
+    for text in texts:
+        ids = torch.tensor([[BOS, *loaded.config.tokenizer.encode(text).tolist(), EOS]])
+        with torch.no_grad():
+            said = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        nats -= said.gather(-1, ids[0, 1:, None]).sum().item()
+        tokens += ids.shape[1] - 1
+    assert (found.tokens, found.bytes) == (tokens, sum(len(text.encode()) for text in texts))
+    np.testing.assert_allclose(found.ar.nats_per_token, nats / tokens, rtol=1e-4)
+    assert found.diffusion is None
 
 
 QWEN = (

@@ -32,7 +32,8 @@ PARAGRAPH = (
     "have learned to keep their cellars empty and their hay on the upper floor."
 )
 CHAT = "<|im_start|>user\nWrite one sentence about the moon.<|im_end|>\n<|im_start|>assistant\n"
-# Bits per byte of four windows of 512 tokens that start at 1/5, 2/5, 3/5 and 4/5 of the text.
+# Bits per byte of four windows of 512 tokens that start at 1/5, 2/5, 3/5 and 4/5 of the text, by
+# `Reference`. Other windows give others: four of them scatter by 0.05 (standard deviation).
 BITS = {"tinyshakespeare": 1.607, "wikitext2-test": 1.158}
 
 

@@ -7,8 +7,10 @@ from bdjax.config import (
     TrainConfig,
 )
 from bdjax.distributed import PeerError, start_processes
+from bdjax.exporting import export_model
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
 from bdjax.hf_tokenizer import HuggingFaceTokenizer, train_tokenizer
+from bdjax.importing import import_model
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
 from bdjax.model import DecoderConfig, Remat
@@ -26,6 +28,7 @@ from bdjax.policies import (
     Static,
     Threshold,
 )
+from bdjax.pretrained import PretrainedError
 from bdjax.sources import (
     DataConfig,
     JsonLines,
@@ -68,6 +71,7 @@ __all__ = [
     "Plan",
     "Parquet",
     "PeerError",
+    "PretrainedError",
     "Policy",
     "RandomOne",
     "Remat",
@@ -84,7 +88,9 @@ __all__ = [
     "Weighted",
     "apply_overrides",
     "evaluate",
+    "export_model",
     "generate",
+    "import_model",
     "load",
     "load_config",
     "make_plan",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -319,9 +320,14 @@ def _one_sentence() -> Iterator[None]:
 
 
 def restore_params(
-    directory: str | Path, abstract_params: Any, step: int | None = None
+    directory: str | Path,
+    abstract_params: Any,
+    step: int | None = None,
+    stored_dtype: bool = False,
 ) -> tuple[int, Any]:
     """(step, parameters) alone, in the dtype and sharding of `abstract_params`.
+
+    stored_dtype: in the dtype they were saved in instead.
 
     They are the moving average where the run kept one. `directory` is a run, its `checkpoints` or
     one checkpoint. Raises as `Checkpoints.restore`.
@@ -334,6 +340,9 @@ def restore_params(
         names = [n for n in found["files"] if not n.startswith((*others, "data/"))]
         manifest.verify(path, found, names)
         wanted = {half: _nested(jax.tree.map(_placed, abstract_params))}
+        if stored_dtype:
+            kinds = {name: jnp.dtype(dtype) for name, (_, dtype) in found["leaves"].items()}
+            wanted = _nested({n: x.update(dtype=kinds[n]) for n, x in _leaves(wanted).items()})
         return found["step"], _like(abstract_params, _load(path, wanted)[half])
 
     return _newest(directory, step, load)

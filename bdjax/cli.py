@@ -1,6 +1,5 @@
-"""The `bdjax` command: train, plan, sample, evaluate. It uses the public API and nothing else."""
+"""The `bdjax` command: train, plan, sample, evaluate, import, export; by the public API alone."""
 
-import argparse
 import json
 import math
 import os
@@ -15,165 +14,8 @@ import numpy as np
 from rich.console import Console
 
 import bdjax
-from bdjax.display import Denoising, clean_text
-
-_POLICIES = ("dynamic", "threshold", "static", "sequential", "entropy", "entropy-sdar", "random")
-
-_TRAIN = """\
-Train a config file into a folder.
-
-example:
-  bdjax train configs/demo.py --run runs/demo optim.peak_lr=0.01 steps=500
-  bdjax train configs/demo.py mesh.data=2 --process-id 0 --process-count 2 --coordinator host:7777
-"""
-_PLAN = """\
-Compile the train step for chips that are not here; say what it needs and whether it fits.
-
-example:
-  bdjax plan configs/pod_1b.py --topology v5e-256
-"""
-_SAMPLE = """\
-Write text with a trained model.
-
-example:
-  bdjax sample runs/demo --prompt "import os" --tokens 200 --watch
-  bdjax sample runs/demo --infill "def ____(self):" --blank _
-"""
-_EVALUATE = """\
-The bound on the likelihood of held-out text, in bits per byte.
-
-example:
-  bdjax evaluate runs/demo --exact
-"""
-
-
-_TOKENIZER = """\
-Train a byte-level BPE on nine tenths of each file, and measure it on the last tenth.
-
-example:
-  bdjax tokenizer books/*.txt --vocab-size 4096 --out tokenizers/books
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bdjax", description="Block-diffusion language models in JAX."
-    )
-    parser.add_argument("--version", action="version", version=f"bdjax {bdjax.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, text: str):
-        return commands.add_parser(
-            name,
-            help=text.split("\n", 1)[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    train = command("train", _TRAIN)
-    train.add_argument("config", help="Python file with get_config()")
-    # Without a default, argparse calls the overrides required when the config file is missing.
-    train.add_argument(
-        "overrides", nargs="*", default=[], help="dotted overrides, as in model.num_layers=4"
-    )
-    train.add_argument("--run", help="folder of the run (default: runs/NAME)")
-    train.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
-    train.add_argument(
-        "--profile", metavar="FIRST:LAST", help="write a profiler trace of these steps, as in 20:25"
-    )
-    train.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several processes, found by themselves on TPU pods, Slurm and Kubernetes",
-    )
-    train.add_argument("--process-id", type=int, help="which of several processes this one is")
-    train.add_argument("--process-count", type=int, help="how many there are")
-    train.add_argument("--coordinator", help="HOST:PORT of process 0")
-    train.add_argument("--print-config", action="store_true", help="show the result and stop")
-
-    plan = command("plan", _PLAN)
-    plan.add_argument("config", help="Python file with get_config()")
-    plan.add_argument("overrides", nargs="*", default=[], help="as for train")
-    plan.add_argument(
-        "--topology",
-        default="here",
-        help="TPU slice as in v5e-16, v5p-8, v6e-256, 7x-16 or v5p:2x2x4 (default: here)",
-    )
-    plan.add_argument("--json", action="store_true", help="one JSON object")
-
-    sample = command("sample", _SAMPLE)
-    sample.add_argument("run", help="folder of a run, or one checkpoint in it")
-    sample.add_argument("--prompt", action="append", help="text to continue; repeat for more rows")
-    sample.add_argument(
-        "--infill",
-        action="append",
-        help="text whose blanks are filled, and nothing else; text right of a blank is seen only "
-        "inside its block",
-    )
-    sample.add_argument("--blank", default="_", help="the character that marks one blank (_)")
-    sample.add_argument(
-        "--tokens", type=int, default=128, help="new tokens after a prompt, at most (128)"
-    )
-    sample.add_argument(
-        "--max-length",
-        type=int,
-        help="prompt and text together, in tokens (default: the training rows' length)",
-    )
-    sample.add_argument(
-        "--policy",
-        choices=_POLICIES,
-        default="dynamic",
-        help="which slots to keep at each step (dynamic)",
-    )
-    sample.add_argument(
-        "--threshold",
-        type=float,
-        default=0.9,
-        help="probability that counts as sure: dynamic, threshold (0.9)",
-    )
-    sample.add_argument(
-        "--entropy-budget",
-        type=float,
-        default=0.1,
-        help="nats per step: entropy, entropy-sdar (0.1)",
-    )
-    sample.add_argument(
-        "--steps",
-        type=int,
-        help="steps per block: dynamic, static, sequential (default: the block size)",
-    )
-    sample.add_argument("--block-size", type=int, help="tokens per block (default: as trained)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="0 is most probable (1.0)")
-    sample.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
-    sample.add_argument("--top-p", type=float, help="draw from the fewest tokens of mass p")
-    sample.add_argument("--seed", type=int, default=0, help="same seed, same text (0)")
-    sample.add_argument(
-        "--separate-commit", action="store_true", help="one forward more per block, same text"
-    )
-    sample.add_argument(
-        "--watch", action="store_true", help="show the first text being denoised, on a terminal"
-    )
-    sample.add_argument("--json", action="store_true", help="one JSON object per row")
-
-    evaluate = command("evaluate", _EVALUATE)
-    evaluate.add_argument("run", help="folder of a run, or one checkpoint in it")
-    evaluate.add_argument("--files", nargs="+", help="UTF-8 files (default: the run's held-out)")
-    evaluate.add_argument("--batches", type=int, help="stop after so many batches")
-    evaluate.add_argument("--block-size", type=int, help="default: as trained")
-    evaluate.add_argument("--draws", type=int, default=1, help="noise draws per row (1)")
-    evaluate.add_argument(
-        "--exact",
-        action="store_true",
-        help=f"enumerate all masks (block size up to {bdjax.EXACT_UP_TO})",
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the noise draws (0)")
-    evaluate.add_argument("--json", action="store_true", help="one JSON object")
-
-    tokenizer = command("tokenizer", _TOKENIZER)
-    tokenizer.add_argument("files", nargs="+", help="UTF-8 files, .gz and .zst too, or globs")
-    tokenizer.add_argument("--vocab-size", type=int, default=4096, help="ids, at most (4096)")
-    tokenizer.add_argument("--out", required=True, help="folder for tokenizer.json")
-    return parser
+from bdjax.arguments import parser as make_parser
+from bdjax.display import Denoising, Reading, clean_text
 
 
 def _policy(args, size: int) -> bdjax.Policy:
@@ -260,8 +102,38 @@ def _blanks(tokenizer, text: str, blank: str) -> list[int | None]:
     return ids
 
 
-def _sample(args) -> int:
+def _load(args) -> bdjax.LanguageModel:
+    with Reading() as reading:
+        return bdjax.load(args.run, dtype=args.dtype, progress=reading.update)
+
+
+def _import(args) -> int:
+    with Reading() as reading:
+        config = bdjax.import_model(args.model, args.run, dtype=args.dtype, progress=reading.update)
+    size = config.objective.block_size.largest
+    print(
+        f"{args.run}: {config.model.num_layers} layers of width {config.model.width}, "
+        f"{config.tokenizer.vocab_size} ids, blocks of {size}, mask {config.tokenizer.mask_id}"
+    )
+    return 0
+
+
+def _export(args) -> int:
     loaded = bdjax.load(args.run)
+    with Reading("writing") as writing:
+        out = bdjax.export_model(
+            loaded,
+            args.out,
+            model_type=args.model_type,
+            dtype=args.dtype,
+            progress=writing.update,
+        )
+    print(f"{out}: type AutoModelForCausalLM.from_pretrained({str(out)!r}) to load it elsewhere")
+    return 0
+
+
+def _sample(args) -> int:
+    loaded = _load(args)
     tokenizer = loaded.config.tokenizer
     size = loaded.config.block_size(args.block_size)
     if args.tokens < 1:
@@ -348,7 +220,7 @@ def _json(value) -> str:
 
 
 def _evaluate(args) -> int:
-    loaded = bdjax.load(args.run)
+    loaded = _load(args)
     if args.files:
         documents = bdjax.TextFiles(paths=tuple(args.files)).documents()
     else:
@@ -391,8 +263,11 @@ _TOLD = (bdjax.CheckpointError, bdjax.NonFiniteError, bdjax.PeerError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done, 1 a clear error, 2 bad usage, 130 interrupted."""
-    parser = _parser()
+    """Runs one command.
+
+    Exit codes: 0 done, 1 a clear error, 2 bad usage or an unreadable model, 130 interrupted.
+    """
+    parser = make_parser()
     # argparse takes overrides only right after the config file: those behind a flag come as rest.
     args, rest = parser.parse_known_args(argv)
     if rest and (
@@ -406,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "sample": _sample,
         "evaluate": _evaluate,
+        "import": _import,
+        "export": _export,
         "tokenizer": _tokenizer,
     }[args.command]
     try:
@@ -415,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, *_TOLD) as error:
         # The text may quote a checkpoint that somebody else wrote.
         print(f"bdjax: {clean_text(str(error))}", file=sys.stderr)
-        return _leave(1)
+        return _leave(2 if isinstance(error, bdjax.PretrainedError) else 1)
     except KeyboardInterrupt:
         print("bdjax: interrupted", file=sys.stderr)
         return _leave(130)

@@ -228,11 +228,9 @@ class TrainConfig:
         return self.data.documents()
 
     def build_model(self) -> Model:
-        """The network with embedding and readout; of ids without text only EOS is ever drawn."""
-        t = self.tokenizer
-        sizes = t.token_bytes()
-        unused = range(t.vocab_size, self.vocab_size)
-        banned = (*(i for i in range(t.vocab_size) if not sizes[i] and i != t.eos_id), *unused)
+        """The network with embedding and readout, which never draws what the tokenizer bans."""
+        unused = range(self.tokenizer.vocab_size, self.vocab_size)
+        banned = (*self.tokenizer.banned_ids(), *unused)
         c = self.model
         return Model(
             decoder=c,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
 SLOT = "·"
@@ -114,3 +115,34 @@ class Denoising:
     def _write(self, text: str) -> None:
         self._console.file.write(text)
         self._console.file.flush()
+
+
+class Reading:
+    """A bar of bytes read or written, on a terminal, which goes away at the end; elsewhere nothing.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, verb: str = "reading", console: Console | None = None):
+        console = Console(stderr=True) if console is None else console
+        self._progress = Progress(
+            TextColumn(verb),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(verb, total=None, visible=False)
+
+    def __enter__(self) -> "Reading":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are through."""
+        self._progress.update(self._task, completed=done, total=total, visible=True)

@@ -13,6 +13,13 @@ from jaxtyping import Bool, Float, Int
 from bdjax import sharding
 from bdjax.checkpoint import read_config, restore_params
 from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
+from bdjax.importing import (
+    config_of,
+    is_pretrained,
+    kept_chat_template,
+    parameters_of,
+    read_pretrained,
+)
 from bdjax.objective import Alignment
 from bdjax.policies import Dynamic, Policy
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, State, advance, start
@@ -28,27 +35,56 @@ _COLDEST, _HOTTEST = 1e-6, 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A trained model with everything needed to use it."""
+    """A trained model with everything needed to use it. `chat_template`: Jinja source, not run."""
 
     config: TrainConfig
     model: Model
     params: Any
+    chat_template: str | None = None
 
 
-def load(directory: str | Path, step: int | None = None) -> LanguageModel:
+def load(
+    directory: str | Path,
+    step: int | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: MeshConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
     """The model of a run's newest whole checkpoint, or of `step`, on the mesh of its config.
 
     Where that needs more devices than this machine has, on one: what a pod trained, a laptop
-    samples. Raises CheckpointError for a missing, torn or foreign checkpoint.
+    samples. A folder of the Hugging Face hub is read as it is, see `import_model`. dtype: of
+    arithmetic and parameters, None for what is stored. mesh: another one. progress: called with
+    bytes read and bytes to read, of a Hugging Face folder.
+
+    Raises CheckpointError for a missing, torn or foreign checkpoint, PretrainedError for a model
+    folder that cannot be read.
     """
+    if is_pretrained(directory):
+        pretrained = read_pretrained(directory)
+        config = config_of(pretrained, dtype=dtype, mesh=mesh or MeshConfig())
+        with jax.set_mesh(config.mesh.build()):
+            params = parameters_of(pretrained, config, dtype=dtype, progress=progress)
+        return LanguageModel(
+            config=config,
+            model=config.build_model(),
+            params=params,
+            chat_template=pretrained.chat_template,
+        )
     config = config_from_json(read_config(directory, step), directory)
-    if config.mesh.devices > jax.device_count():
-        config = replace(config, mesh=MeshConfig())
+    if mesh is not None or config.mesh.devices > jax.device_count():
+        config = replace(config, mesh=mesh or MeshConfig())
+    if dtype is not None:
+        config = replace(config, model=replace(config.model, dtype=dtype))
     model = config.build_model()
     with jax.set_mesh(config.mesh.build()):
         abstract = jax.eval_shape(model.init, jax.random.key(0))
-        _, params = restore_params(directory, abstract, step)
-    return LanguageModel(config=config, model=model, params=params)
+        if dtype is not None:
+            abstract = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), abstract)
+        _, params = restore_params(directory, abstract, step, stored_dtype=dtype is None)
+    template = kept_chat_template(directory)
+    return LanguageModel(config=config, model=model, params=params, chat_template=template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +142,7 @@ def generate(
     and a slot sees those of its own block and of everything before, never further right.
     max_new_tokens come after the prompt, none if 0 and it has slots to fill. max_length (default:
     the training rows' length) bounds prompt and text together. policy defaults
-    to `Dynamic(threshold=0.9)`, stop to the end-of-sequence token, fused to True where the model's
+    to `Dynamic(threshold=0.9)`, stop to the tokens that end a text, fused to True where the model's
     alignment allows it. `watch` is called after every forward.
 
     Raises ValueError for a prompt that does not fit, holds the mask token, or ids outside the
@@ -136,6 +172,8 @@ def generate(
                 "type --tokens 128"
             )
     limits = [min(len(row) + max_new_tokens, longest) for row in rows]
+    # A canvas longer than every text is cut: where the text is one block, nothing else changes.
+    size = min(size, -(-max(limits) // _SLOTS) * _SLOTS)
     slots = -(-max(*limits, size) // _SLOTS) * _SLOTS
     request = _request(rows, limits, size, padded, slots)
     heads = [int(p) // size * size for p in request.prompt]
@@ -157,7 +195,7 @@ def generate(
             top_k=None if top_k is None else on_rows(top_k, np.int32),
             top_p=None if top_p is None else on_rows(top_p, np.float32),
             bias=None,
-            stop=jnp.asarray([config.tokenizer.eos_id] if stop is None else stop, jnp.int32),
+            stop=jnp.asarray(config.tokenizer.stop_ids if stop is None else stop, jnp.int32),
         )
         placed = jax.tree.map(_on_batch, request)
         key = key_for(jax.random.key(seed), Purpose.SAMPLING)
@@ -194,7 +232,7 @@ def _check_options(temperature, top_k, top_p, max_new_tokens) -> None:
 
 
 def _prompt_ids(config: TrainConfig, number: int, prompt: Prompt, longest: int) -> list[int | None]:
-    """BOS and the prompt's ids, checked."""
+    """BOS, where the tokenizer starts with it or the prompt is empty, and the ids, checked."""
     tokenizer = config.tokenizer
     ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
     for place, token in enumerate(ids):
@@ -208,7 +246,8 @@ def _prompt_ids(config: TrainConfig, number: int, prompt: Prompt, longest: int) 
                 f"prompt {number} holds {token} at place {place}; ids are 0 to "
                 f"{tokenizer.vocab_size - 1}"
             )
-    ids = ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    if not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id):
+        ids = [tokenizer.bos_id, *ids]
     blanks = sum(token is None for token in ids)
     if len(ids) > longest or (len(ids) == longest and not blanks):
         raise ValueError(

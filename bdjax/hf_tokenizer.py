@@ -6,6 +6,7 @@ The library is an extra (`pip install 'bdjax[hf]'`); it is imported where text i
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bdjax.corpus import Document
-from bdjax.tokenizer import Tokenizer
+from bdjax.tokenizer import BYTE_OF, Tokenizer, leading
 
 FILE_NAME = "tokenizer.json"
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "mask": "<|mask|>", "cut": "<|cut|>"}
@@ -29,6 +30,14 @@ class HuggingFaceTokenizer(Tokenizer):
     a document goes on. Special tokens spelled out in a text are plain text. `sha256`: that of the
     file, if only this very file will do.
 
+    Of imported models: `stops` end a text beside EOS; `leads` False writes no BOS before a prompt;
+    `size` ids there are at least, those without a token in the file standing for no text;
+    `draws_specials` bans nothing but the mask, so that probabilities are the model's own. `text` is
+    the file's content where there is no file; `path` then serves messages.
+
+    A file may normalise text to NFC. What is counted then, by `token_bytes` and in bits per byte,
+    are the bytes of the normalised text: the bound covers that text and not how it was spelled.
+
     Raises ValueError for a file that is missing, is no byte-level BPE or has another sha256, for an
     unknown special token, for a mask that is BOS, EOS or CUT, and without the library.
     """
@@ -40,6 +49,11 @@ class HuggingFaceTokenizer(Tokenizer):
     mask: str | int = SPECIALS["mask"]
     cut: str | int | None = None
     sha256: str | None = None
+    stops: tuple[int, ...] = ()
+    leads: bool = True
+    size: int = 0
+    draws_specials: bool = False
+    text: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if self.sha256 not in (None, self._digest):
@@ -76,19 +90,56 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def vocab_size(self) -> int:
-        """The file's ids and the special ones beyond them."""
-        return 1 + max(len(self._pieces) - 1, *self._special_ids)
+        """The file's ids, the special ones beyond them, and `size` if that is more."""
+        return max(self.size, 1 + max(len(self._pieces) - 1, *self._special_ids))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """EOS and `stops`."""
+        return (self.eos_id, *(i for i in self.stops if i != self.eos_id))
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """`leads`."""
+        return self.leads
+
+    def banned_ids(self) -> tuple[int, ...]:
+        """The mask alone if `draws_specials`, else what every tokenizer bans."""
+        return (self.mask_id,) if self.draws_specials else super().banned_ids()
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
         """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS.
 
-        Raises ValueError for what is not UTF-8.
+        Raises ValueError for what is not UTF-8, and for bytes that the file has no token for.
         """
         try:
             text = text.decode() if isinstance(text, bytes) else text.encode().decode()
         except UnicodeError as error:
             raise ValueError(f"the text cannot be encoded: it is not UTF-8 ({error})") from error
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._encoded(self._library, text)
+
+    def encode_with_specials(self, text: str) -> Int[np.ndarray, "T"]:
+        """As `encode`, but a special token spelled out is that token: for filled chat templates.
+
+        What others wrote should not go through here: it could spell the end of its own turn.
+        """
+        return self._encoded(self._library_with_specials, text)
+
+    def normalised(self, text: str) -> str:
+        """The text as it is encoded: NFC where the file says so."""
+        normalizer = self._library.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _encoded(self, library: Any, text: str) -> Int[np.ndarray, "T"]:
+        if self._lacking:
+            lost = self._lacking.intersection(self.normalised(text).encode())
+            if lost:
+                raise ValueError(
+                    f"the text cannot be encoded: {self.path} has no token for the byte "
+                    f"0x{min(lost):02x}; take it out of the text"
+                )
+        with _no_panic(self.path):
+            return np.array(library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
         """The text of `ids`: specials are dropped, bytes that are not UTF-8 read U+FFFD.
@@ -121,10 +172,14 @@ class HuggingFaceTokenizer(Tokenizer):
             part = copy.with_suffix(".json.part")
             part.write_bytes(self._data)
             part.rename(copy)
-        return replace(self, sha256=self._digest)
+        # Without a file of its own it goes on with the copy.
+        path = self.path if self.text is None else str(copy)
+        return replace(self, path=path, text=None, sha256=self._digest)
 
     @cached_property
     def _data(self) -> bytes:
+        if self.text is not None:
+            return self.text.encode()
         try:
             return Path(self.path).read_bytes()
         except OSError as error:
@@ -144,28 +199,32 @@ class HuggingFaceTokenizer(Tokenizer):
             _require_byte_level(found)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is no tokenizer.json of a byte-level BPE: {error}; train one with "
-                "bdjax tokenizer"
+                f"{self.path} is no tokenizer.json of a byte-level BPE: {_sentence(error)}; train "
+                "one with bdjax tokenizer"
             ) from error
         return found
+
+    @cached_property
+    def _lacking(self) -> frozenset[int]:
+        """Bytes without a token, which the library would leave out of a text."""
+        return frozenset(BYTE_OF[c] for c in set(BYTE_OF) - _words(self._json).keys())
 
     @cached_property
     def _pieces(self) -> list[bytes]:
         """The bytes of every id of the file; empty for specials and gaps."""
         added = {token["id"]: token for token in self._json.get("added_tokens", [])}
         found = {
-            i: bytes(_BYTE_OF[c] for c in t)
-            for t, i in _words(self._json).items()
-            if i not in added
+            i: bytes(BYTE_OF[c] for c in t) for t, i in _words(self._json).items() if i not in added
         }
         for i, token in added.items():
             found[i] = b"" if token["special"] else token["content"].encode()
         for i in self._special_ids:
             found[i] = b""
-        return [found.get(i, b"") for i in range(self._file_size)]
+        return [found.get(i, b"") for i in range(self.file_size)]
 
     @cached_property
-    def _file_size(self) -> int:
+    def file_size(self) -> int:
+        """One more than the largest id of the file."""
         added = [token["id"] for token in self._json.get("added_tokens", [])]
         return 1 + max([*_words(self._json).values(), *added])
 
@@ -175,13 +234,43 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _library(self) -> Any:
-        _ = self._json
-        found = _tokenizers().Tokenizer.from_str(self._data.decode())
-        found.no_truncation()
-        found.no_padding()
+        found = self._load()
         # A text that spells a special token means its characters.
         found.encode_special_tokens = True
         return found
+
+    @cached_property
+    def _library_with_specials(self) -> Any:
+        return self._load()
+
+    def _load(self) -> Any:
+        _ = self._json
+        library = _tokenizers()
+        with _no_panic(self.path):
+            found = library.Tokenizer.from_str(self._data.decode())
+            found.no_truncation()
+            found.no_padding()
+        return found
+
+    def spelling(self, number: int) -> str | None:
+        """The text of a special token, None where the file has none."""
+        added = self._json.get("added_tokens", [])
+        return next((token["content"] for token in added if token["id"] == number), None)
+
+    def to_json(self) -> str:
+        """The file's content. Where prompts begin with BOS, a text that it encodes does too."""
+        text = self.spelling(self.bos_id)
+        if not self.leads or text is None or self.adds_bos():
+            return self._data.decode()
+        found = self._json | {
+            "post_processor": leading(self._json.get("post_processor"), text, self.bos_id)
+        }
+        return json.dumps(found, ensure_ascii=False, indent=1)
+
+    def adds_bos(self) -> bool:
+        """Whether the file itself puts BOS before a text, by its post-processor."""
+        with _no_panic(self.path):
+            return self._library.encode("").ids[:1] == [self.bos_id]
 
     def _id(self, name: str, token: str | int) -> int:
         if isinstance(token, int):
@@ -195,7 +284,7 @@ class HuggingFaceTokenizer(Tokenizer):
             added = [t["content"] for t in self._json.get("added_tokens", []) if t["special"]]
             raise ValueError(
                 f"{name}={token!r} is no token of {self.path}; type tokenizer.{name}= one of its "
-                f"special tokens ({', '.join(added[:8]) or 'none'}) or the number {self._file_size}"
+                f"special tokens ({', '.join(added[:8]) or 'none'}) or the number {self.file_size}"
             )
         return known[token]
 
@@ -224,7 +313,7 @@ def train_tokenizer(
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS.values()),
-        initial_alphabet=sorted(_BYTE_OF),
+        initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
 
@@ -252,6 +341,23 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
+@contextmanager
+def _no_panic(path: str) -> Iterator[None]:
+    """What the library raises, its panics too, as ValueError: they are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ValueError, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(
+            f"{path} cannot be used by the library tokenizers: {_sentence(error)}"
+        ) from error
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _words(found: dict[str, Any]) -> dict[str, int]:
     return found["model"]["vocab"]
 
@@ -264,8 +370,9 @@ def _require_byte_level(found: dict[str, Any]) -> None:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"{name} is {model[name]!r}, and must not be set")
-    if found.get("normalizer"):
-        raise ValueError(f"its normalizer ({found['normalizer']['type']}) changes the text")
+    for step in _flat(found.get("normalizer"), "normalizers"):
+        if step["type"] != "NFC":
+            raise ValueError(f"its normalizer ({step['type']}) changes the text")
     steps = _flat(found.get("pre_tokenizer"), "pretokenizers")
     if not any(step["type"] == "ByteLevel" for step in steps):
         raise ValueError("its pre-tokenizer has no ByteLevel")
@@ -277,29 +384,35 @@ def _require_byte_level(found: dict[str, Any]) -> None:
         ):
             raise ValueError(f"its pre-tokenizer {step['type']} may change the text")
     for added in found.get("added_tokens", []):
+        if type(added["content"]) is not str or type(added["special"]) is not bool:
+            raise ValueError(f"its added token {str(added)[:80]} has no content or special")
         if not added["special"] and (added["lstrip"] or added["rstrip"]):
             raise ValueError(f"its token {added['content']!r} takes spaces away")
-    added = {token["content"] for token in found.get("added_tokens", [])}
-    strange = [word for word in model["vocab"] if word not in added and set(word) - set(_BYTE_OF)]
-    lacking = set(_BYTE_OF) - set(model["vocab"])
+    added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    strange = [word for word in model["vocab"] if word not in added and set(word) - set(BYTE_OF)]
+    lacking = {c for c in set(BYTE_OF) - set(model["vocab"]) if BYTE_OF[c] in _IN_ASCII_TEXT}
     if strange or lacking:
         raise ValueError(f"{len(lacking)} bytes and {len(strange)} tokens do not fit its alphabet")
+    numbers = [*model["vocab"].values(), *added.values()]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("one of its ids is no number from 0 on")
+    if len(set(model["vocab"].values())) != len(model["vocab"]):
+        raise ValueError("two of its tokens have one id")
+    if max(numbers) >= len(numbers) + _MOST_GAPS:
+        raise ValueError(f"its id {max(numbers)} leaves more than {_MOST_GAPS} ids without a token")
 
 
-def _flat(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The steps of a nested sequence."""
+def _flat(step: Any, name: str) -> list[dict[str, Any]]:
+    """The steps of a nested sequence. Raises ValueError for what is none."""
     if step is None:
         return []
+    if not isinstance(step, dict):
+        raise ValueError(f"one of its {name} is {str(step)[:80]}")
     if step["type"] != "Sequence":
         return [step]
     return [one for inner in step[name] for one in _flat(inner, name)]
 
 
-def _alphabet() -> dict[str, int]:
-    """Character -> byte: visible bytes of Latin-1 are themselves, the others 256, 257 .."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
-_BYTE_OF = _alphabet()
+# What no text can do without; SmolLM2 has no token for some control characters.
+_IN_ASCII_TEXT = (*range(0x20, 0x7F), *b"\t\n")
+_MOST_GAPS = 1 << 16

@@ -44,7 +44,8 @@ class DecoderConfig:
     Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. `tied_head` reads logits out
     with the embedding's matrix. `attention` None chooses an implementation by shape. `dropout`
     zeroes that share of the embedding's, the attention's and the MLP's outputs in training (never
-    of the attention's probabilities, which no kernel holds); it is rounded to 1/256. `unroll`:
+    of the attention's probabilities, which no kernel holds); it is rounded to 1/256. `rope_layers`
+    says which layers rotate queries and keys (SmolLM3: three of four), None that all do. `unroll`:
     layers in one iteration of the loop over them. With all of them there is no loop, so that
     nothing is copied in and out of stacks; the program grows with the depth.
     """
@@ -58,6 +59,7 @@ class DecoderConfig:
     clean: CleanMode = CleanMode.TOKEN
     rope_theta: float = 10_000.0
     rope_scaling: Llama3Scaling | None = None
+    rope_layers: tuple[bool, ...] | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -85,6 +87,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
+        if self.rope_layers is not None and len(self.rope_layers) != self.num_layers:
+            raise ValueError(
+                f"rope_layers has {len(self.rope_layers)} entries for num_layers="
+                f"{self.num_layers}; type one for each, or rope_layers=none"
+            )
         if not 0 <= self.dropout <= 255 / 256:
             raise ValueError(
                 f"dropout={self.dropout} must be from 0 to {255 / 256}; type dropout=0.1"
@@ -230,8 +237,12 @@ class Layer(nn.Module):
         return reshard(master.astype(self.config.dtype), *axes)
 
     @nn.compact
-    def __call__(self, x, layer, angles, own: Intervals, cache, keys):
+    def __call__(self, x, each, angles, own: Intervals, cache, keys):
         c = self.config
+        layer, turned = each
+        if turned is not None:
+            # By an angle of zero nothing turns, exactly: cos is 1 and sin is 0.
+            angles = angles * turned
 
         def project(h, name, heads, bias):
             sharded = spec("batch", "length", heads, "head_dim")
@@ -311,6 +322,9 @@ class Decoder(nn.Module):
         read = None if cache is None else ((cache.k, cache.v), seen)
         angles = rope_angles(c, position)
         x = dropped(x, keys, c.dropout, 0)
-        x, new = stack(c, name="layers")(x, jnp.arange(c.num_layers), angles, own, read, keys)
+        each = jnp.arange(c.num_layers), None
+        if c.rope_layers is not None:
+            each = each[0], jnp.array(c.rope_layers, jnp.float32)
+        x, new = stack(c, name="layers")(x, each, angles, own, read, keys)
         final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
         return rms_norm(x, final, c.norm_eps), new

@@ -250,8 +250,42 @@ def _aligned(sampler: Sampler, output: _Output) -> Float[Array, "N C D"]:
     return join(output.last[:, None], output.hidden[:, :-1])
 
 
+def _seeded(sampler: Sampler, params, state: State) -> State:
+    """Rows at the start of a block with its first token, out of the last clean hidden state.
+
+    What Fast-dLLM v2 does: no noisy row ever names a block's first token, so it stands before the
+    block's first forward, whatever the policy. The first block has none: there is nothing before.
+    """
+    begin = (state.block * state.size)[:, None]
+    empty = ~_at(state.filled, begin) & (begin > 0) & (begin < state.limit[:, None])
+    needed = empty & (~state.done & ~state.pending & (state.step == 0))[:, None]
+
+    def write(state: State) -> State:
+        keys = jax.vmap(_slot_keys)(state.keys, begin)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)))(keys, state.step)
+        controls = state.controls
+        temperature = controls.temperature[:, None] + begin * 0.0
+        shaping = Shaping(temperature, controls.top_k, controls.top_p, controls.bias)
+        stats = sampler.model.readout.stats(params, state.carry[:, None], shaping, keys)
+        record = Record(
+            _put(state.record.step, begin, begin * 0, needed),
+            _put(state.record.entropy, begin, stats.entropy, needed),
+            _put(state.record.logprob_raw, begin, stats.logprob_raw, needed),
+            _put(state.record.logprob_drawn, begin, stats.logprob_drawn, needed),
+        )
+        return state._replace(
+            events=_put(state.events, begin, stats.token, needed),
+            filled=_put(state.filled, begin, needed, needed),
+            record=record,
+        )
+
+    return lax.cond(needed.any(), write, lambda state: state, state)
+
+
 def _iterate(sampler: Sampler, params, state: State) -> State:
     """One forward for every row that is not done."""
+    if sampler.alignment is Alignment.SHIFTED_NOISY:
+        state = _seeded(sampler, params, state)
     live = ~state.done
     denoising = live & (~state.pending | sampler.fused)
     canvas = _canvas(sampler, state, denoising)

@@ -1,9 +1,10 @@
 """Bytes as tokens: the tokenizer that needs no file and can write any text."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -41,6 +42,21 @@ class Tokenizer:
         """Ids are 0..vocab_size-1."""
         raise NotImplementedError
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Each of them ends a text that is being written."""
+        return (self.eos_id,)
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether a prompt begins with BOS, as every document in training does."""
+        return True
+
+    def banned_ids(self) -> tuple[int, ...]:
+        """What is never drawn: of the ids without text all but those that end one."""
+        sizes = self.token_bytes()
+        return tuple(i for i in range(self.vocab_size) if not sizes[i] and i not in self.stop_ids)
+
     def encode(self, text: str | bytes) -> Int[np.ndarray, "T"]:
         """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS."""
         raise NotImplementedError
@@ -51,6 +67,14 @@ class Tokenizer:
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:
         """How many bytes of UTF-8 each id stands for (int32)."""
+        raise NotImplementedError
+
+    def spelling(self, number: int) -> str | None:
+        """The text of a special token, None where it has none."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """A tokenizer.json of the library `tokenizers` with the same ids for the same text."""
         raise NotImplementedError
 
     def keep(self, folder: Path, write: bool) -> "Tokenizer":
@@ -103,3 +127,72 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self) -> Int[np.ndarray, "V"]:
         """How many bytes of text each id stands for: 1 for a byte, 0 for a special (int32)."""
         return (np.arange(self.vocab_size) < self.bos_id).astype(np.int32)
+
+    def spelling(self, number: int) -> str | None:
+        """The text of a special token, None for a byte."""
+        return _SPELLED.get(number)
+
+    def to_json(self) -> str:
+        """A byte-level BPE without merges: every byte is its own token, BOS comes first."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        whole = byte_level | {"use_regex": False}
+        rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        found = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": number, "content": text, **rules, "special": True}
+                for number, text in _SPELLED.items()
+            ],
+            "normalizer": None,
+            "pre_tokenizer": whole,
+            "post_processor": leading(None, _SPELLED[self.bos_id], self.bos_id),
+            "decoder": whole,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "vocab": BYTE_OF,
+                "merges": [],
+            },
+        }
+        return json.dumps(found, ensure_ascii=False, indent=1)
+
+
+_SPELLED: Mapping[int, str] = {
+    ByteTokenizer.bos_id: "<|bos|>",
+    ByteTokenizer.eos_id: "<|eos|>",
+    ByteTokenizer.mask_id: "<|mask|>",
+    ByteTokenizer.cut_id: "<|cut|>",
+}
+
+
+def leading(post_processor: dict[str, Any] | None, text: str, number: int) -> dict[str, Any]:
+    """A tokenizer.json's post-processor that puts the token before every text, after the given."""
+    first = {"SpecialToken": {"id": text, "type_id": 0}}
+    sequence = [{"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB")]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, sequence[0]],
+        "pair": [first, *sequence],
+        "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
+    }
+    if post_processor is None:
+        return template
+    return {"type": "Sequence", "processors": [post_processor, template]}
+
+
+def _alphabet() -> dict[str, int]:
+    """Character -> byte: visible bytes of Latin-1 are themselves, the others 256, 257 .."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+
+# How byte-level tokenizers write bytes as characters.
+BYTE_OF: Mapping[str, int] = _alphabet()

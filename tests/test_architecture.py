@@ -18,18 +18,21 @@ LAYERS = (
     # Leaves: nothing of bdjax.
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
     + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
-    + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "nll", "parameters", "policies")
-    + ("reading", "seeds"),
-    ("cache", "draws", "embedding", "muon", "readout", "sources"),
-    ("model", "noise", "optim"),
-    ("objective", "step"),
+    + ("prefetch", "pretrained", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
+    ("attention", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout", "nll")
+    + ("parameters", "policies", "reading", "safetensors_file", "seeds"),
+    ("cache", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer", "hf_folder")
+    + ("muon", "readout", "sources"),
+    ("gguf_file", "model", "noise", "optim", "weights"),
+    ("family_config", "objective", "step"),
     ("flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
-    ("generation", "plan", "speed"),
-    ("trainer",),
+    ("importing", "plan", "speed"),
+    ("generation",),
+    ("exporting", "trainer"),
     ("__init__",),
+    ("arguments",),
     ("cli",),
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
@@ -39,6 +42,7 @@ KNOWN_BY = {
     "orbax": {"checkpoint"},
     "optax": {"muon", "optim"},
     "flax": {"model"},
+    "gguf": {"gguf_tensors"},
     "grain": {"data"},
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},
@@ -49,7 +53,8 @@ KNOWN_BY = {
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "reading")
+WITHOUT_JAX += ("hf_folder", "hf_tokenizer", "mixture", "prefetch", "pretrained", "reading")
+WITHOUT_JAX += ("safetensors_file",)
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))
@@ -194,7 +199,7 @@ def test_the_command_line_uses_the_public_names_alone():
         and node.value.id == "bdjax"
     }
     assert used - set(bdjax.__all__) <= {"__version__"}
-    assert set(own(path)) <= {"__init__", "display"}
+    assert set(own(path)) <= {"__init__", "arguments", "display"}
 
 
 def test_types_are_shipped():

@@ -77,7 +77,7 @@ def test_special_ids(tokenizer):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "has no ByteLevel"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
         ({"model": {"type": "Unigram", "vocab": []}}, "its model is Unigram"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}}}, "255 bytes and 0 tokens do not fit"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}}}, "96 bytes and 0 tokens do not fit"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "dropout": 0.1}}, "dropout is 0.1"),
     ],
 )

@@ -169,6 +169,7 @@ def test_the_mask_of_a_family_is_a_number():
         ("qwen3", {"attention_bias": True}, "attention_bias=true"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=true.*null or false"),
         ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu".*silu'),
         ("llama", {"qk_norm": True}, "qk_norm=true.*false there"),
         ("qwen3", {"num_experts": 8}, "num_experts=8"),

@@ -20,6 +20,7 @@ _NEUTRAL: Mapping[str, tuple] = {
     "use_sliding_window": _OFF,
     "partial_rotary_factor": (None, 1),
     "rotary_pct": (None, 1),
+    "rope_interleaved": _OFF,
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "embedding_multiplier": (None, 1),
@@ -60,16 +61,16 @@ max_position_embeddings max_window_layers pretraining_tp _name_or_path attn_impl
 _attn_implementation fuse_cross_entropy micro_forward skip_checkpoint use_deepep ep_size debug
 tie_word_embeddings vocab_size hidden_size intermediate_size num_hidden_layers
 num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling
-rope_parameters rope_interleaved attention_bias sliding_window layer_types no_rope_layers
+rope_parameters attention_bias sliding_window layer_types no_rope_layers
 no_rope_layer_interval block_size bd_size block_diffusion d_model mlp_hidden_size mlp_ratio
 n_layers n_heads n_kv_heads max_sequence_length weight_tying embedding_size alibi_bias_max
 attention_layer_norm_with_affine embedding_dropout residual_dropout flash_attention
-init_cutoff_factor init_device init_fn init_std precision hidden_dropout full_attn_layers
+init_cutoff_factor init_device init_fn init_std precision hidden_dropout
 return_dict output_attentions output_hidden_states chunk_size_feed_forward id2label label2id
 problem_type use_bfloat16 task_specific_params transformers.js_config is_llama_config is_decoder
 """
-# A length beyond these is no model's; what is derived from it would be built before it is refused.
-_LARGEST, _LONGEST_LIST = 2**31, 10_000
+# A length beyond this is no model's; what is derived from it would be built before it is refused.
+_LARGEST = 2**31
 
 
 class ConfigReader:

@@ -182,10 +182,12 @@ def import_model(
 
 def kept_chat_template(directory: str | Path) -> str | None:
     """The chat template that came with the model of a run, or of one of its checkpoints."""
-    directory = Path(directory).absolute()
-    places = [folder / CHAT_TEMPLATE for folder in (directory, *directory.parents[:2])]
-    found = next((path for path in places if path.is_file()), None)
-    return None if found is None else found.read_text(encoding="utf-8")
+    run = Path(directory).absolute()
+    if run.parent.name == "checkpoints":
+        run = run.parent
+    run = run.parent if run.name == "checkpoints" else run
+    path = run / CHAT_TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _facts(pretrained: Pretrained, family: Family) -> _Facts:

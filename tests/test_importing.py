@@ -12,7 +12,7 @@ from pretrained import BOS, EOS, IDS, MASK, ROWS, pretrained, tokenizer_json, wr
 import bdjax
 from bdjax.cli import main
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
-from bdjax.importing import config_of
+from bdjax.importing import config_of, kept_chat_template
 from bdjax.tokenizer import BYTE_OF
 
 
@@ -55,7 +55,12 @@ def test_a_run_is_the_folder_it_was_imported_from(folder, tmp_path, capsys):
         assert tokenizer.stop_ids == (EOS,) and tokenizer.vocab_size == ROWS
     assert kept.config.tokenizer.path == str(run / "tokenizer.json")
     assert kept.config.tokenizer.text is None
-    assert kept.chat_template == direct.chat_template == DEFAULT_TEMPLATE["template"]
+    template = DEFAULT_TEMPLATE["template"]
+    assert kept.chat_template == direct.chat_template == template
+    for inner in (run / "checkpoints", run / "checkpoints" / "0"):
+        assert kept_chat_template(inner) == template
+    # A template beside a run is another model's.
+    assert kept_chat_template(run / "elsewhere") is None
     wide = bdjax.load(run, dtype="float32")
     assert wide.params["embed"].dtype == "float32" and wide.model.decoder.dtype == "float32"
     equal_bitwise(wide.params, bdjax.load(folder, dtype="float32").params)

@@ -25,11 +25,13 @@ from pretrained import (
     write_folder,
 )
 
+from bdjax.config import config_from_json
 from bdjax.families import FAMILIES, family_of
 from bdjax.family_config import decoder_config
 from bdjax.hf_folder import read_folder
 from bdjax.importing import config_of, parameters_of
 from bdjax.objective import Alignment
+from bdjax.overrides import to_json
 from bdjax.pretrained import Pretrained, PretrainedError
 from bdjax.safetensors_file import SafetensorsFiles
 from bdjax.sharding import make_mesh
@@ -122,6 +124,7 @@ def test_dtype_of_the_files_or_the_one_asked_for(tmp_path):
     "model_type, mask, block, alignment, clean",
     [
         ("llama", ROWS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
+        ("smollm3", ROWS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
         ("qwen3", ROWS, 1, Alignment.SHIFTED_CLEAN, CleanMode.TOKEN),
         ("sdar", MASK, 4, Alignment.SAME_POSITION, CleanMode.BLOCK),
         ("Fast_dLLM_Qwen", MASK, 8, Alignment.SHIFTED_NOISY, CleanMode.BLOCK),
@@ -144,6 +147,7 @@ def test_sampling_facts(tokenizer, model_type, mask, block, alignment, clean):
     assert made.build_model().readout.banned == (mask, *range(ROWS + 1, made.vocab_size))
     assert made.vocab_size == (ROWS if mask == MASK else ROWS + 8)
     parameters_of(found, made)
+    assert config_from_json(to_json(made)) == made
 
 
 def test_the_mask_of_a_family_is_a_number():
@@ -165,6 +169,7 @@ def test_the_mask_of_a_family_is_a_number():
         ("qwen3", {"attention_bias": True}, "attention_bias=true"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=true.*null or false"),
         ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu".*silu'),
         ("llama", {"qk_norm": True}, "qk_norm=true.*false there"),
         ("qwen3", {"num_experts": 8}, "num_experts=8"),

@@ -1,10 +1,14 @@
 """Documents: the interpreter's own source as text, and a split that never moves."""
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 # Tests and tables read unlike the rest; site-packages differs from machine to machine.
 _SKIPPED_FOLDERS = frozenset(
@@ -14,11 +18,17 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 class Document(NamedTuple):
-    """One text, read as a stream of its own. data: UTF-8 bytes. part: its place in a mixture."""
+    """One text, read as a stream of its own. data: UTF-8 bytes. part: its place in a mixture.
+
+    conversation: `data` is the JSON of a conversation's messages. tokens: what stands in place of
+    `data` in one that is encoded (`bdjax.chat`), the ids of a prompt and of its answer.
+    """
 
     name: str
     data: bytes
     part: int = 0
+    conversation: bool = False
+    tokens: tuple[Int[np.ndarray, "P"], Int[np.ndarray, "A"]] | None = None
 
 
 def standard_library() -> list[Document]:
@@ -43,6 +53,13 @@ def standard_library() -> list[Document]:
             "or TextFiles(paths=('texts/**/*.txt',))"
         )
     return list(by_content.values())
+
+
+def conversation(name: str, turns: Sequence[str]) -> Document:
+    """A conversation in which user and assistant speak in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    return Document(name, json.dumps(messages, ensure_ascii=False).encode(), conversation=True)
 
 
 def split_by_hash(

@@ -20,6 +20,11 @@ class Source:
         """Each part's share of the training tokens, up to a common factor: one part."""
         return (1.0,)
 
+    @property
+    def chats(self) -> bool:
+        """Whether some of the documents are conversations, which need a chat template."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class StandardLibrary(Source):
@@ -28,6 +33,30 @@ class StandardLibrary(Source):
     def documents(self) -> list[Document]:
         """Its Python files, without tests and encodings, each content once."""
         return corpus.standard_library()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums(Source):
+    """Chats of one question, a + b for all a and b up to `largest`: a task with known answers."""
+
+    largest: int = 29
+
+    def __post_init__(self):
+        if self.largest < 1:
+            raise ValueError(f"largest={self.largest} must be at least 1; type largest=29")
+
+    @property
+    def chats(self) -> bool:
+        """Yes."""
+        return True
+
+    def documents(self) -> list[Document]:
+        """(largest + 1)^2 conversations, each pair once."""
+        return [
+            corpus.conversation(f"{a} + {b}", [f"{a} + {b}", str(a + b)])
+            for a in range(self.largest + 1)
+            for b in range(self.largest + 1)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +93,28 @@ class JsonLines(Source):
     def documents(self) -> list[Document]:
         """The lines' texts; errors name file and line."""
         return reading.read_json_lines(self.paths, self.field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatLines(Source):
+    """Conversations to fine-tune on, one per line of JSON; globs, .gz and .zst as for `TextFiles`.
+
+    A line is {"messages": [{"role": .., "content": ..}, ..]}, with the roles system, user,
+    assistant and tool, or {"prompt": .., "response": ..}. The run's chat template turns them into
+    text (`TrainConfig.chat_template`). Answers alone are trained: each is a document of its own
+    behind everything it answers, as the sampler sees it, and is never cut (`bdjax.chat`).
+    """
+
+    paths: tuple[str, ...]
+
+    @property
+    def chats(self) -> bool:
+        """Yes."""
+        return True
+
+    def documents(self) -> list[Document]:
+        """The conversations; errors name file and line."""
+        return reading.read_conversations(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +169,11 @@ class Mixture(Source):
         """The parts' weights."""
         return tuple(part.weight for part in self.parts)
 
+    @property
+    def chats(self) -> bool:
+        """Whether a part has conversations."""
+        return any(part.source.chats for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -162,8 +218,13 @@ class DataConfig:
                 "data.held_out_fraction=0.05"
             )
 
+    @property
+    def chats(self) -> bool:
+        """Whether conversations are trained or held out, which needs a chat template."""
+        return self.source.chats or (self.held_out is not None and self.held_out.chats)
+
     def documents(self) -> tuple[list[Document], list[Document]]:
-        """Training and held-out documents.
+        """Training and held-out documents, conversations not encoded yet.
 
         Raises ValueError when a side is empty, for a mixture a side of one of its parts, and when
         a held-out text is a training text too.

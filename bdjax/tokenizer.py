@@ -53,6 +53,10 @@ class Tokenizer:
         """How many bytes of UTF-8 each id stands for (int32)."""
         raise NotImplementedError
 
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens that a chat template can write, by their spelling; never the mask."""
+        raise NotImplementedError
+
     def keep(self, folder: Path, write: bool) -> "Tokenizer":
         """This tokenizer, with what it needs kept in a run's folder (if `write`): nothing."""
         return self
@@ -103,3 +107,7 @@ class ByteTokenizer(Tokenizer):
     def token_bytes(self) -> Int[np.ndarray, "V"]:
         """How many bytes of text each id stands for: 1 for a byte, 0 for a special (int32)."""
         return (np.arange(self.vocab_size) < self.bos_id).astype(np.int32)
+
+    def control_tokens(self) -> dict[str, int]:
+        """BOS and EOS."""
+        return {"<|bos|>": self.bos_id, "<|eos|>": self.eos_id}

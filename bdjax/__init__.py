@@ -1,5 +1,7 @@
 """bdjax: block-diffusion language models in JAX; one mask predicate, one step."""
 
+from bdjax.asking import answer, converse, read_questions
+from bdjax.chat_template import ChatTemplate
 from bdjax.checkpoint import CheckpointError
 from bdjax.config import (
     EvaluationConfig,
@@ -7,10 +9,11 @@ from bdjax.config import (
     TrainConfig,
 )
 from bdjax.distributed import PeerError, start_processes
-from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load, merge, save
 from bdjax.hf_tokenizer import HuggingFaceTokenizer, train_tokenizer
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
+from bdjax.lora import LoraConfig
 from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
 from bdjax.optim import OptimConfig
@@ -27,11 +30,13 @@ from bdjax.policies import (
     Threshold,
 )
 from bdjax.sources import (
+    ChatLines,
     DataConfig,
     JsonLines,
     Mixture,
     Parquet,
     StandardLibrary,
+    Sums,
     TextFiles,
     Weighted,
 )
@@ -47,6 +52,8 @@ __all__ = [
     "Alignment",
     "BlockSize",
     "ByteTokenizer",
+    "ChatLines",
+    "ChatTemplate",
     "CheckpointError",
     "CosineDecay",
     "DataConfig",
@@ -60,6 +67,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "JsonLines",
     "LanguageModel",
+    "LoraConfig",
     "MeshConfig",
     "NonFiniteError",
     "Mixture",
@@ -76,18 +84,24 @@ __all__ = [
     "StableDecay",
     "StandardLibrary",
     "Static",
+    "Sums",
     "TextFiles",
     "Threshold",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "Weighted",
+    "answer",
     "apply_overrides",
+    "converse",
     "evaluate",
     "generate",
     "load",
     "load_config",
     "make_plan",
+    "merge",
+    "read_questions",
+    "save",
     "start_processes",
     "to_text",
     "train",

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 
 import bdjax
 from bdjax.display import Denoising, clean_text
@@ -38,6 +39,8 @@ Write text with a trained model.
 example:
   bdjax sample runs/demo --prompt "import os" --tokens 200 --watch
   bdjax sample runs/demo --infill "def ____(self):" --blank _
+  bdjax sample runs/sft_demo --chat
+  bdjax sample runs/demo --prompts prompts.jsonl --json
 """
 _EVALUATE = """\
 The bound on the likelihood of held-out text, in bits per byte.
@@ -45,8 +48,6 @@ The bound on the likelihood of held-out text, in bits per byte.
 example:
   bdjax evaluate runs/demo --exact
 """
-
-
 _TOKENIZER = """\
 Train a byte-level BPE on nine tenths of each file, and measure it on the last tenth.
 
@@ -110,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         help="text whose blanks are filled, and nothing else; text right of a blank is seen only "
         "inside its block",
     )
+    sample.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    sample.add_argument("--chat-template", metavar="FILE", help="Jinja (default: the run's own)")
+    sample.add_argument("--prompts", metavar="FILE", help="a prompt a line; .jsonl: JSON, messages")
+    sample.add_argument("--rows", type=int, default=8, help="of --prompts at a time (8)")
     sample.add_argument("--blank", default="_", help="the character that marks one blank (_)")
     sample.add_argument(
         "--tokens", type=int, default=128, help="new tokens after a prompt, at most (128)"
@@ -120,22 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         help="prompt and text together, in tokens (default: the training rows' length)",
     )
     sample.add_argument(
-        "--policy",
-        choices=_POLICIES,
-        default="dynamic",
-        help="which slots to keep at each step (dynamic)",
+        "--policy", choices=_POLICIES, default="dynamic", help="slots kept at each step (dynamic)"
     )
     sample.add_argument(
-        "--threshold",
-        type=float,
-        default=0.9,
-        help="probability that counts as sure: dynamic, threshold (0.9)",
+        "--threshold", type=float, default=0.9, help="what counts as sure: dynamic, threshold (0.9)"
     )
     sample.add_argument(
-        "--entropy-budget",
-        type=float,
-        default=0.1,
-        help="nats per step: entropy, entropy-sdar (0.1)",
+        "--entropy-budget", type=float, default=0.1, help="nats a step: entropy, entropy-sdar (0.1)"
     )
     sample.add_argument(
         "--steps",
@@ -280,6 +276,11 @@ def _sample(args) -> int:
         "fused": False if args.separate_commit else None,
         "seed": args.seed,
     }
+    if args.chat:
+        bdjax.converse(loaded, template=args.chat_template, max_new_tokens=args.tokens, **options)
+        return 0
+    if args.prompts:
+        return _sample_file(args, loaded, options)
 
     def run(watch=None):
         """Prompts go on until they stop; templates keep all of their own text and end with it."""
@@ -317,6 +318,20 @@ def _sample(args) -> int:
             f"by {result.finish}]",
             file=sys.stderr,
         )
+    return 0
+
+
+def _sample_file(args, loaded: bdjax.LanguageModel, options: dict) -> int:
+    """Answers to a file of prompts, each as soon as its rows are done."""
+    questions = bdjax.read_questions(args.prompts)
+    options |= {"rows": args.rows, "template": args.chat_template, "max_new_tokens": args.tokens}
+    found = bdjax.answer(loaded, questions, **options)
+    bar = track(found, "sampling", len(questions), console=Console(stderr=True), transient=True)
+    for question, result in zip(questions, bar, strict=True):
+        if args.json:
+            print(_json({"prompt": question} | asdict(result)))
+        else:
+            print(clean_text(question * isinstance(question, str) + result.text), end="\n\n")
     return 0
 
 

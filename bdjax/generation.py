@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bdjax import sharding
-from bdjax.checkpoint import read_config, restore_params
+from bdjax.base import merged_model, restore_model, write_run
+from bdjax.checkpoint import read_config
 from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
 from bdjax.objective import Alignment
 from bdjax.policies import Dynamic, Policy
@@ -46,9 +47,25 @@ def load(directory: str | Path, step: int | None = None) -> LanguageModel:
         config = replace(config, mesh=MeshConfig())
     model = config.build_model()
     with jax.set_mesh(config.mesh.build()):
-        abstract = jax.eval_shape(model.init, jax.random.key(0))
-        _, params = restore_params(directory, abstract, step)
+        params = restore_model(directory, model, step)
     return LanguageModel(config=config, model=model, params=params)
+
+
+def merge(language_model: LanguageModel) -> LanguageModel:
+    """The same network without LoRA: each pair added to its matrix in float32, then gone."""
+    config = language_model.config
+    with jax.set_mesh(config.mesh.build()):
+        config, params = merged_model(config, language_model.params)
+    return LanguageModel(config=config, model=config.build_model(), params=params)
+
+
+def save(language_model: LanguageModel, directory: str | Path) -> None:
+    """Writes a run that `load` reads and `TrainConfig.start_from` takes, with nothing to resume.
+
+    Raises CheckpointError or ValueError when the folder holds a run.
+    """
+    with jax.set_mesh(language_model.config.mesh.build()):
+        write_run(directory, language_model.config, language_model.params)
 
 
 @dataclass(frozen=True, kw_only=True)

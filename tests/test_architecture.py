@@ -17,18 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     # Leaves: nothing of bdjax.
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
-    + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
-    + ("prefetch", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "hf_tokenizer", "layout", "nll", "parameters", "policies")
-    + ("reading", "seeds"),
-    ("cache", "draws", "embedding", "muon", "readout", "sources"),
+    + ("learning_rate", "manifest", "messages", "metrics", "mixture", "ngram", "overrides", "plots")
+    + ("prefetch", "schedules", "sharding", "stats", "template_process", "tokenizer", "watchdog"),
+    ("attention", "chat_template", "checkpoint", "data", "hf_tokenizer", "layout", "nll")
+    + ("parameters", "policies", "reading", "seeds"),
+    ("cache", "chat", "draws", "embedding", "lora", "muon", "readout", "sources"),
     ("model", "noise", "optim"),
     ("objective", "step"),
     ("flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
-    ("generation", "plan", "speed"),
-    ("trainer",),
+    ("base", "plan", "speed"),
+    ("generation",),
+    ("asking", "trainer"),
     ("__init__",),
     ("cli",),
 )
@@ -43,6 +44,7 @@ KNOWN_BY = {
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},
     "pyarrow": {"reading"},
+    "jinja2": {"template_process"},
     "tokenizers": {"hf_tokenizer"},
     "zstandard": {"reading"},
     "rich": {"cli", "display", "metrics"},
@@ -50,6 +52,7 @@ KNOWN_BY = {
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
 WITHOUT_JAX += ("hf_tokenizer", "mixture", "prefetch", "reading")
+WITHOUT_JAX += ("chat", "chat_template", "messages", "template_process")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

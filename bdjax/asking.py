@@ -84,10 +84,11 @@ class Conversation:
                 watch=watch,
                 **self._options,
             )
-            shown = answer.text
-            show(shown)
-        finally:
+        except KeyboardInterrupt:
             self.messages = [*kept, {"role": "assistant", "content": shown}]
+            raise
+        self.messages = [*kept, {"role": "assistant", "content": answer.text}]
+        show(answer.text)
         return len(asked) - len(kept)
 
     def _fitting(self, messages: list[Message]) -> tuple[Int[np.ndarray, "P"], list[Message]]:

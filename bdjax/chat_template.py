@@ -159,7 +159,7 @@ class Renderer:
         self._read = b""
         self._process = subprocess.Popen(
             # Isolated: neither the user's environment nor this folder's modules come in.
-            [sys.executable, "-I", str(script), str(_MEMORY)],
+            [sys.executable, "-I", str(script), str(_MEMORY), str(int(self._seconds) + 10)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

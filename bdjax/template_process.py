@@ -1,6 +1,7 @@
 """Renders one chat template, as a process of its own: memory and time of a template end with it.
 
-Run by `bdjax.chat_template` as a script, with the bytes of memory that it may take. It reads JSON
+Run by `bdjax.chat_template` as a script, with the bytes of memory that it may take and the seconds
+after which it ends by itself if nobody is left to end it. It reads JSON
 lines: {"template", "begin", "end"} first, then requests; each is answered by {"text": ..} or
 {"error": ..}, after an empty line that says it is ready. It imports nothing of bdjax: importing JAX
 would cost every start seconds.
@@ -8,6 +9,7 @@ would cost every start seconds.
 
 import json
 import resource
+import signal
 import sys
 from datetime import datetime
 from typing import Any
@@ -81,10 +83,13 @@ def render(template: jinja2.Template, request: dict[str, Any]) -> dict[str, str]
 
 def main() -> None:
     """Answers line by line until the input ends."""
-    limit = int(sys.argv[1])
+    limit, seconds = int(sys.argv[1]), int(sys.argv[2])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     # All of Jinja is here: time is the template's from now on.
     print(flush=True)
+    signal.alarm(seconds)
     try:
         given = json.loads(sys.stdin.readline())
         template = environment(given["begin"], given["end"]).from_string(given["template"])
@@ -94,9 +99,12 @@ def main() -> None:
     except (MemoryError, RecursionError) as error:
         template, answer = None, {"error": f"it cannot be read ({type(error).__name__})"}
     print(json.dumps(answer), flush=True)
+    signal.alarm(0)
     if template is not None:
         for line in sys.stdin:
+            signal.alarm(seconds)
             print(json.dumps(render(template, json.loads(line))), flush=True)
+            signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,44 @@ def test_a_template_that_refuses_an_order_is_quoted_with_file_and_line(tmp_path)
 # From lines to rows
 
 
+def with_turns(folder):
+    """A byte-level BPE that has ChatML's special tokens, and <think> as an ordinary added one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = bdjax.train_tokenizer([Document("a", b"What is it? user assistant")], 280, folder)
+    library = tokenizers.Tokenizer.from_file(made.path)
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    library.add_tokens(["</think>"])
+    library.save(made.path)
+    return bdjax.HuggingFaceTokenizer(path=made.path, eos="<|im_end|>")
+
+
+def test_special_tokens_of_a_file_are_the_templates(tmp_path):
+    tokenizer = with_turns(tmp_path)
+    controls = tokenizer.control_tokens()
+    assert set(controls) == {"<|bos|>", "<|eos|>", "<|cut|>", "<|im_start|>", "<|im_end|>"}
+    with renderer(MODELS["chatml"]) as started:
+        chat = Chat(tokenizer, started)
+        found = chat.example(turns("<|im_end|>", "a</think>"))
+        assert chat.end_of_turn() == tokenizer.eos_id == controls["<|im_end|>"]
+    ids = [*found.prompt.tolist(), *found.answer.tolist()]
+    special = [i for i in ids if i in controls.values()]
+    begin, end = controls["<|im_start|>"], controls["<|im_end|>"]
+    assert special == [begin, end, begin, end] and found.answer.tolist()[-1] == end
+    assert tokenizer.decode(found.answer) == "a</think>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("talk", ["one", "system", "thoughts"])
+def test_ids_equal_transformers(tmp_path, talk):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = with_turns(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer.path)
+    theirs.chat_template = MODELS["chatml"]
+    wanted = theirs.apply_chat_template(TALKS[talk], add_generation_prompt=True, return_dict=False)
+    with renderer(MODELS["chatml"]) as started:
+        assert Chat(tokenizer, started).prompt(TALKS[talk]).tolist() == wanted
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     path = tmp_path_factory.mktemp("template") / "letters.jinja"

@@ -276,6 +276,8 @@ def _sample(args) -> int:
         "fused": False if args.separate_commit else None,
         "seed": args.seed,
     }
+    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
+        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
     if args.chat:
         bdjax.converse(loaded, template=args.chat_template, max_new_tokens=args.tokens, **options)
         return 0
@@ -328,10 +330,8 @@ def _sample_file(args, loaded: bdjax.LanguageModel, options: dict) -> int:
     found = bdjax.answer(loaded, questions, **options)
     bar = track(found, "sampling", len(questions), console=Console(stderr=True), transient=True)
     for question, result in zip(questions, bar, strict=True):
-        if args.json:
-            print(_json({"prompt": question} | asdict(result)))
-        else:
-            print(clean_text(question * isinstance(question, str) + result.text), end="\n\n")
+        text = clean_text(question * isinstance(question, str) + result.text) + "\n"
+        print(_json({"prompt": question} | asdict(result)) if args.json else text)
     return 0
 
 

@@ -55,11 +55,13 @@ def standard_library() -> list[Document]:
     return list(by_content.values())
 
 
-def conversation(name: str, turns: Sequence[str]) -> Document:
-    """A conversation in which user and assistant speak in turn."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
-    return Document(name, json.dumps(messages, ensure_ascii=False).encode(), conversation=True)
+def sums(questions: Sequence[str]) -> Document:
+    """The conversation in which each of the questions, such as "12 + 7", gets its answer."""
+    messages = []
+    for asked in questions:
+        total = str(sum(map(int, asked.split(" + "))))
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": total}]
+    return Document(", ".join(questions), json.dumps(messages).encode(), conversation=True)
 
 
 def split_by_hash(

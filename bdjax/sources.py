@@ -1,6 +1,8 @@
 """Where a run's documents come from, and how they share rows: the config of the data."""
 
 import math
+import random
+import zlib
 from dataclasses import dataclass
 
 from bdjax import corpus, reading
@@ -37,13 +39,23 @@ class StandardLibrary(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Sums(Source):
-    """Chats of one question, a + b for all a and b up to `largest`: a task with known answers."""
+    """Chats with known answers: sums a + b of numbers up to `largest`, `questions` in each chat.
+
+    One sum in `one_in` is held out, by a hash: it is asked where `held_out` is set and nowhere
+    else. Every sum of a side opens one chat; what follows is drawn from that side.
+    """
 
     largest: int = 29
+    questions: int = 1
+    one_in: int = 16
+    held_out: bool = False
 
     def __post_init__(self):
-        if self.largest < 1:
-            raise ValueError(f"largest={self.largest} must be at least 1; type largest=29")
+        for name, least, example in (("largest", 9, 29), ("questions", 1, 1), ("one_in", 2, 16)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least {least}; type {name}={example}"
+                )
 
     @property
     def chats(self) -> bool:
@@ -51,12 +63,16 @@ class Sums(Source):
         return True
 
     def documents(self) -> list[Document]:
-        """(largest + 1)^2 conversations, each pair once."""
-        return [
-            corpus.conversation(f"{a} + {b}", [f"{a} + {b}", str(a + b)])
-            for a in range(self.largest + 1)
-            for b in range(self.largest + 1)
+        """The conversations; the same every time."""
+        numbers = range(self.largest + 1)
+        sums = [
+            f"{a} + {b}"
+            for a in numbers
+            for b in numbers
+            if (zlib.crc32(f"{a} + {b}".encode()) % self.one_in == 0) is self.held_out
         ]
+        draw = random.Random(0)
+        return [corpus.sums([asked, *draw.choices(sums, k=self.questions - 1)]) for asked in sums]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
     recipe = presets.default(mask_id=ByteTokenizer.mask_id, block_size=4)
     return TrainConfig(
         name="sft_demo",
-        steps=1000,
+        steps=700,
         model=DecoderConfig(
             num_layers=3,
             width=128,
@@ -37,7 +37,7 @@ def get_config() -> TrainConfig:
             attention=Blockwise(query_tile=32, key_tile=32),
         ),
         objective=recipe.objective,
-        data=DataConfig(source=Sums(), row_length=128, batch_size=8),
+        data=DataConfig(source=Sums(), held_out=Sums(held_out=True), row_length=128, batch_size=8),
         optim=OptimConfig(
             peak_lr=0.006,
             warmup_fraction=0.03,
@@ -46,6 +46,6 @@ def get_config() -> TrainConfig:
             muon=True,
         ),
         evaluation=EvaluationConfig(every=0),
-        checkpoint_every=500,
+        checkpoint_every=350,
         chat_template=ChatTemplate(path=str(Path(__file__).with_name("chat_template.jinja"))),
     )

@@ -166,6 +166,8 @@ def test_the_command_line(home, monkeypatch, capsys):
         assert main(f"sample plain {flags}".split()) == 1
         said = capsys.readouterr().err
         assert "has no chat template" in said and "type --chat-template" in said
+    assert main(["sample", "chat", "--chat", "--prompt", "Hi"]) == 1
+    assert "--chat and --prompts go without --prompt" in capsys.readouterr().err
     found = main(f"sample plain --chat --chat-template elsewhere.jinja {sampled}".split())
     assert found == 0
 

@@ -13,17 +13,20 @@ import tiny
 from chat_cases import LETTERS, MODELS, TALKS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_trainer import tiny_config
 
 import bdjax
 from bdjax import presets
 from bdjax.chat import Chat, encode_conversations
 from bdjax.chat_template import TEMPLATE_NAME, ChatTemplate, Renderer, TemplateError
+from bdjax.config import config_from_json
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig, Tail, evaluation_batches
 from bdjax.embedding import TokenEmbedding
 from bdjax.loss import row_losses, token_losses, total
 from bdjax.messages import BEGIN, END, read_messages
 from bdjax.objective import Batch, training_row
+from bdjax.overrides import to_json
 from bdjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -379,6 +382,49 @@ def test_what_fits_no_row_is_counted(template):
         next(evaluation_batches(fits, TOKENIZER, PackingConfig(row_length=36), 1))
     with pytest.raises(ValueError, match="is a conversation that is not encoded yet"):
         next(evaluation_batches(talks, TOKENIZER, PackingConfig(row_length=36), 1))
+
+
+def test_a_config_splits_by_conversation_and_needs_a_template(template, tmp_path):
+    lines = [{"messages": turns(f"q{n}", "a", "b", "c")} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "text.txt").write_text("some text " * 9)
+    chats = bdjax.ChatLines(paths=(str(tmp_path / "chats.jsonl"),))
+    config = tiny_config(tmp_path)
+    data = replace(config.data, source=chats, held_out=None, held_out_fraction=0.3)
+    with pytest.raises(ValueError, match="no chat template; type chat_template=ChatTemplate"):
+        replace(config, data=data)
+    config = replace(config, data=data, chat_template=template)
+    sides = config.documents()
+    names = [{document.name for document in side} for side in sides]
+    assert all(names) and not names[0] & names[1]
+    assert [len(side) for side in sides] == [2 * len(side) for side in names]
+    text = bdjax.TextFiles(paths=(str(tmp_path / "text.txt"),))
+    mixed = bdjax.Mixture(parts=(bdjax.Weighted(source=chats), bdjax.Weighted(source=text)))
+    whole = replace(config, data=replace(data, source=mixed, held_out=chats))
+    with pytest.raises(ValueError, match="has the same text as the training document"):
+        whole.documents()
+    # What is stored is read again, and every line of its text is an override.
+    assert config_from_json(to_json(config)) == config
+    asked = [f"chat_template.path={template.path}", "chat_template=ChatTemplate"]
+    asked += ["model.lora=LoraConfig", "model.lora.targets=wq,wv", "start_from=runs/a"]
+    changed = bdjax.apply_overrides(tiny_config(tmp_path), asked)
+    assert changed.chat_template == template and changed.model.lora.targets == ("wq", "wv")
+
+
+def test_sums_are_right_and_held_out_ones_are_asked_nowhere_else():
+    sides = [bdjax.Sums(questions=3, held_out=side).documents() for side in (False, True)]
+    asked: list[set[str]] = []
+    for side in sides:
+        messages = [json.loads(document.data) for document in side]
+        for talk in messages:
+            for question, answered in zip(talk[::2], talk[1::2], strict=True):
+                numbers = map(int, question["content"].split(" + "))
+                assert sum(numbers) == int(answered["content"])
+        asked.append({message["content"] for talk in messages for message in talk[::2]})
+        assert {talk[0]["content"] for talk in messages} == asked[-1]
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 900 and len(asked[1]) > 20
+    with pytest.raises(ValueError, match="largest=0 must be at least 9; type largest=29"):
+        bdjax.Sums(largest=0)
 
 
 # What is masked and scored

@@ -132,6 +132,16 @@ def test_meshes_change_nothing(mesh):
             assert alone["layers"][name].sharding == params["layers"][name].sharding
 
 
+@pytest.mark.slow
+def test_pieces_change_nothing_and_muon_leaves_pairs_to_adam():
+    config = replace(CONFIG, eps=1.0, clip_norm=1e9, peak_lr=0.5)
+    (_, here), (_, there) = trained(config=config), trained(config=replace(config, accumulate=2))
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+    _, muon = trained(config=replace(config, muon=True))
+    jax.tree.map(np.testing.assert_array_equal, muon.params, here.params)
+
+
 def test_pairs_lie_as_their_matrices_do():
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         params = jax.eval_shape(MODEL.init, jax.random.key(0))["layers"]

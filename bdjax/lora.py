@@ -5,6 +5,7 @@ sharded as W's inputs and outputs are (Hu et al. 2021). B starts at zero: the fi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def split(params: dict, lora: LoraConfig | None) -> tuple[dict, dict | None]:
     return moved, params | {"layers": rest}
 
 
-def join(moved: dict, frozen: dict | None) -> dict:
+def join(moved: Any, frozen: dict | None) -> Any:
     """All parameters again: the inverse of `split`."""
     return moved if frozen is None else frozen | {"layers": frozen["layers"] | moved["layers"]}
 

@@ -4,7 +4,7 @@ bdjax train configs/sft_demo.py --run runs/sft_demo
 bdjax sample runs/sft_demo --chat --temperature 0
 Two CPU cores, jax 0.10.2, 2026-11-27, from scratch: 266 s of CPU time with compilation, 786 s of
 wall because the machine was shared. 49 of the 58 held-out sums are right at temperature 0, in 1.43
-tokens per forward; bound on the held-out answers 0.112 +- 0.068 nats/token. One question per chat is
+tokens per forward; bound on the held-out answers 0.112 +- 0.068 nats/token. One question a chat is
 trained: a second one in the same chat is not answered well.
 """
 

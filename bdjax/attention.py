@@ -63,7 +63,8 @@ def prefix_candidates(kind: str, slots: int, width: int) -> tuple[Implementation
     if kind.startswith("TPU"):
         return Mosaic.tuned(kind, width), Blockwise()
     # A GPU starts each tile anew: 1 row of 32768 slots takes an H100 3.3 ms by 128, 0.33 by 4096.
-    return (Blockwise() if kind == "cpu" else Blockwise(key_tile=4096),)
+    portable = Blockwise() if kind == "cpu" else Blockwise(key_tile=4096)
+    return (Hopper(), portable) if is_hopper(kind) else (portable,)
 
 
 def check_chip(impl: Implementation, kind: str) -> None:

@@ -330,8 +330,8 @@ def _sample_file(args, loaded: bdjax.LanguageModel, options: dict) -> int:
     found = bdjax.answer(loaded, questions, **options)
     bar = track(found, "sampling", len(questions), console=Console(stderr=True), transient=True)
     for question, result in zip(questions, bar, strict=True):
-        text = clean_text(question * isinstance(question, str) + result.text) + "\n"
-        print(_json({"prompt": question} | asdict(result)) if args.json else text)
+        text = clean_text((question if isinstance(question, str) else "") + result.text)
+        print(_json({"prompt": question} | asdict(result)) if args.json else f"{text}\n")
     return 0
 
 

@@ -353,17 +353,23 @@ def config_from_json(text: str, directory: str | Path | None = None) -> TrainCon
 
 def _with_own_files(text: str, directory: Path) -> str:
     """The config's text with the paths of the files that the run keeps, where it has them."""
-    kept = {"tokenizer": FILE_NAME, "chat_template": TEMPLATE_NAME}
-    kinds = (HuggingFaceTokenizer.__name__, ChatTemplate.__name__)
+    folders = (directory, *directory.parents[:2])
     try:
         found = json.loads(text)
-        owners = {key: found[key] for key in kept if found.get(key) is not None}
-        owners = {key: owner for key, owner in owners.items() if owner["type"] in kinds}
+        # A template that somebody laid beside the tokenizer is the model's, too.
+        owners = {
+            "tokenizer": (FILE_NAME, HuggingFaceTokenizer, found["tokenizer"]),
+            "chat_template": (
+                TEMPLATE_NAME,
+                ChatTemplate,
+                found.get("chat_template") or {"type": ChatTemplate.__name__},
+            ),
+        }
+        for key, (name, kind, owner) in owners.items():
+            copies = [folder / name for folder in folders]
+            copy = next((copy for copy in copies if copy.is_file()), None)
+            if copy is not None and owner["type"] == kind.__name__:
+                found[key] = owner | {"path": str(copy)}
     except (ValueError, TypeError, KeyError, AttributeError):
         return text  # older than the fields, or nothing that `from_json` reads
-    for key, owner in owners.items():
-        copies = [folder / kept[key] for folder in (directory, *directory.parents[:2])]
-        copy = next((copy for copy in copies if copy.is_file()), None)
-        if copy is not None:
-            found[key] = owner | {"path": str(copy)}
     return json.dumps(found)

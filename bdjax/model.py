@@ -45,8 +45,10 @@ class DecoderConfig:
     Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. `tied_head` reads logits out
     with the embedding's matrix. `attention` None chooses an implementation by shape. `dropout`
     zeroes that share of the embedding's, the attention's and the MLP's outputs in training (never
-    of the attention's probabilities, which no kernel holds); it is rounded to 1/256. `lora`: low-
-    rank pairs beside some matrices are trained, and nothing else.
+    of the attention's probabilities, which no kernel holds); it is rounded to 1/256. `unroll`:
+    layers in one iteration of the loop over them. With all of them there is no loop, so that
+    nothing is copied in and out of stacks; the program grows with the depth.
+    `lora`: low-rank pairs beside some matrices are trained, and nothing else.
     """
 
     num_layers: int
@@ -65,6 +67,7 @@ class DecoderConfig:
     dtype: str = "bfloat16"
     dropout: float = 0.0
     remat: Remat = Remat.FULL
+    unroll: int = 1
     attention: Implementation | None = None
     lora: LoraConfig | None = None
 
@@ -77,6 +80,11 @@ class DecoderConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
                 f"{self.num_kv_heads}; type num_kv_heads={self.num_heads} for one each"
+            )
+        if not 1 <= self.unroll <= self.num_layers:
+            raise ValueError(
+                f"unroll={self.unroll} must be from 1 to num_layers={self.num_layers}; "
+                "type unroll=1"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for RoPE")
@@ -308,6 +316,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            unroll=c.unroll,
         )
         read = None if cache is None else ((cache.k, cache.v), seen)
         angles = rope_angles(c, position)

@@ -139,13 +139,25 @@ class Optimiser:
         sums: dict[Role, tuple] = {}
         for role, a, b in pairs:
             moved, weight = sums.get(role, (0.0, 0.0))
-            sums[role] = (moved + jnp.sum((b - a) ** 2), weight + jnp.sum(a * a))
+            square = _sums((b - a) ** 2, a * a)
+            sums[role] = (moved + square[0], weight + square[1])
 
         def ratio(moved, weight):
             some = weight > 0
             return jnp.where(some, jnp.sqrt(moved / jnp.where(some, weight, 1.0)), 0.0)
 
         return {f"update_ratio/{role.value}": ratio(*pair) for role, pair in sums.items()}
+
+
+def _sums(x: Array, y: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The sums of two arrays in one reduction.
+
+    With two of them XLA's kernel for GPUs cannot write weights where they stood, and copies them.
+    """
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.reduce(
+        (x, y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim))
+    )
 
 
 def make_optimiser(config: OptimConfig, table: Table, total_steps: int) -> Optimiser:

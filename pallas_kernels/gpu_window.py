@@ -54,7 +54,7 @@ class WindowSizes:
 
     key_tile: int = 64
     stages: int | None = None
-    rows: int = 128
+    rows: int = 64
     warpgroups: int = 2
     blocks: int = 132
 
@@ -64,7 +64,7 @@ class WindowSizes:
         if not 1 <= self.warpgroups <= len(_REGISTERS):
             raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
         if self.rows not in (64, 128):
-            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=128")
+            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=64")
 
 
 def window_attention(

@@ -30,7 +30,7 @@ class Hopper:
 
     forward_stages: int = 2
     queries_stages: int = 2
-    keys_stages: int = 4
+    keys_stages: int = 2
 
     def attention(
         self,

@@ -23,13 +23,22 @@ from pallas_kernels.hopper_forward import (
     Stream,
     across,
     load_keys,
+    masked,
     read_rows,
     seen,
     used,
     zero_rows,
 )
 from pallas_kernels.hopper_product import read, tiled
-from pallas_kernels.hopper_tiles import IDLE, OWN, KeyPlan, QueryPlan
+from pallas_kernels.hopper_tiles import (
+    FIRST_HALF,
+    FLAGS,
+    IDLE,
+    OWN,
+    SECOND_HALF,
+    KeyPlan,
+    QueryPlan,
+)
 
 
 def _zeros(shape: tuple[int, int]) -> Array:
@@ -41,8 +50,13 @@ def _product(tile) -> Array:
     return read(tile, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _column_wise(ref, shape: tuple[int, int]) -> Array:
-    x = read(ref, plgpu.Layout.WGMMA.reduce(0))
+def _columns(ref) -> Array:
+    """A value per column of a product."""
+    return read(ref, plgpu.Layout.WGMMA.reduce(0))
+
+
+def _down(x: Array, shape: tuple[int, int]) -> Array:
+    """A value per column, repeated along the rows."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
@@ -101,10 +115,17 @@ def backward_queries(
             plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, q_here.at[group_id])
             plgpu.barrier_wait(q_here.at[group_id])
 
-            def step(number, d_q, masked):
+            def step(number, d_q, whole):
                 slot = lax.rem(number, jnp.int32(sizes.stages))
                 plgpu.barrier_wait(k_here.at[slot])
                 plgpu.barrier_wait(v_here.at[slot])
+                if not whole:
+                    key_tile, own = runs.masked_tile(number)
+
+                    # A branch any later would keep a predicate for every score across itself.
+                    @pl.when(unclean_ref[row, key_tile] > 0)
+                    def _():
+                        zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
 
                 def scores(s_ref, d_p_ref):
                     plgpu.wgmma(s_ref, mine, k_smem.at[slot].transpose((1, 0)))
@@ -116,15 +137,9 @@ def backward_queries(
                 p, d_p = pl.run_scoped(scores, accumulator, accumulator)
                 plgpu.barrier_arrive(v_free.at[slot])
                 d_s = p * (d_p - across(delta, shape))
-                if masked:
-                    key_tile, own = runs.masked_tile(number)
-                    d_s = jnp.where(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s, 0)
+                if not whole:
+                    d_s = masked(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s)
                 d_s = d_s.astype(q.dtype)
-                if masked:
-
-                    @pl.when(unclean_ref[row, key_tile] > 0)
-                    def _():
-                        zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
 
                 def products(ref):
                     plgpu.wgmma(ref, d_s, k_smem.at[slot])
@@ -134,9 +149,9 @@ def backward_queries(
                 return d_q
 
             d_q = lax.fori_loop(
-                0, runs.full, lambda n, d_q: step(n, d_q, False), _zeros((ROWS, width))
+                0, runs.full, lambda n, d_q: step(n, d_q, True), _zeros((ROWS, width))
             )
-            d_q = lax.fori_loop(runs.full, runs.count, lambda n, d_q: step(n, d_q, True), d_q)
+            d_q = lax.fori_loop(runs.full, runs.count, lambda n, d_q: step(n, d_q, False), d_q)
             mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, head])
@@ -216,54 +231,68 @@ def backward_keys(
             plgpu.copy_gmem_to_smem(v_ref.at[row, at, kv_head], my_v, here)
             plgpu.barrier_wait(here)
 
-            def step(number, carry, masked):
+            def step(number, carry, whole):
                 slot = lax.rem(number, jnp.int32(sizes.stages))
                 queries, d_outs = q_smem.at[slot], d_out_smem.at[slot]
+                if not whole:
+                    entry = list_ref[place, lax.div(number, jnp.int32(group))]
                 plgpu.barrier_wait(q_here.at[slot])
                 plgpu.barrier_wait(d_out_here.at[slot])
 
-                def scores(s_ref, d_p_ref):
-                    plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
-                    plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
-                    lse = _column_wise(stats_smem.at[slot, 0], shape)
-                    return jnp.exp2(_first(s_ref) * scale - lse), d_p_ref[...]
-
-                accumulator = plgpu.ACC(shape, jnp.float32)
-                p, d_p = pl.run_scoped(scores, accumulator, accumulator)
-                d_s = p * (d_p - _column_wise(stats_smem.at[slot, 1], shape))
-                if masked:
-                    low, high = (_column_wise(bounds_smem.at[slot, i], shape) for i in range(2))
-                    key = first + plgpu.broadcasted_iota(
-                        jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
-                    )
-                    keep = (key >= low) & (key < high)
-                    p, d_s = jnp.where(keep, p, 0), jnp.where(keep, d_s, 0)
-                p, d_s = p.astype(q.dtype), d_s.astype(q.dtype)
-                if masked:
-
-                    @pl.when(list_ref[place, lax.div(number, jnp.int32(group))] & IDLE != 0)
-                    def _():
-                        own = bounds_smem.at[slot]
-                        zero_rows(
-                            queries, lambda offset: read_rows(own.at[1]) - read_rows(own.at[0])
+                def add(carry):
+                    if not whole:
+                        low, high = (_columns(bounds_smem.at[slot, i]) for i in range(2))
+                        key = first + plgpu.broadcasted_iota(
+                            jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
                         )
-                        zero_rows(
-                            d_outs, lambda offset: read_rows(own.at[1]) - read_rows(own.at[0])
-                        )
+                        keep = (key >= _down(low, shape)) & (key < _down(high, shape))
 
-                def products(accumulators):
-                    d_k, d_v = accumulators
-                    plgpu.wgmma(d_v, p, d_outs)
-                    plgpu.wgmma(d_k, d_s, queries)
+                        @pl.when(entry & IDLE != 0)
+                        def _():
+                            own = bounds_smem.at[slot]
+                            for tile in (queries, d_outs):
+                                zero_rows(
+                                    tile, lambda _: read_rows(own.at[1]) - read_rows(own.at[0])
+                                )
 
-                carry = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in carry))
+                    def products(s_ref, d_p_ref):
+                        plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
+                        plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
+                        lse = _down(_columns(stats_smem.at[slot, 0]), shape)
+                        p = jnp.exp2(_first(s_ref) * scale - lse)
+                        if not whole:
+                            p = jnp.where(keep, p, 0)
+                        p16 = p.astype(q.dtype)
+
+                        def sums(accumulators):
+                            d_k, d_v = accumulators
+                            # Under way while dS is computed.
+                            plgpu.wgmma(d_v, p16, d_outs)
+                            delta = _down(_columns(stats_smem.at[slot, 1]), shape)
+                            d_s = p * (_first(d_p_ref) - delta)
+                            if not whole:
+                                d_s = jnp.where(keep, d_s, 0)
+                            plgpu.wgmma(d_k, d_s.astype(q.dtype), queries)
+
+                        return pl.run_state(sums)(tuple(plgpu.ACC.init(x) for x in carry))
+
+                    accumulator = plgpu.ACC(shape, jnp.float32)
+                    return pl.run_scoped(products, accumulator, accumulator)
+
+                if not whole:
+                    mine = jnp.where(group_id == 0, FIRST_HALF, SECOND_HALF)
+                    carry = lax.cond(entry & mine != 0, add, lambda carry: carry, carry)
+                else:
+                    carry = add(carry)
                 plgpu.barrier_arrive(q_free.at[slot])
                 plgpu.barrier_arrive(d_out_free.at[slot])
                 return carry
 
             carry = (_zeros((ROWS, width)),) * 2
-            carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, False), carry)
-            carry = lax.fori_loop(full * group, count * group, lambda n, c: step(n, c, True), carry)
+            carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, True), carry)
+            carry = lax.fori_loop(
+                full * group, count * group, lambda n, c: step(n, c, False), carry
+            )
             d_k, d_v = carry
             my_k[...] = (d_k * (1 / math.sqrt(sizes.width))).astype(q.dtype)
             my_v[...] = d_v.astype(q.dtype)
@@ -289,7 +318,7 @@ def backward_keys(
                 def _():
                     entry = list_ref[place, lax.div(number, jnp.int32(group))]
                     head = kv_head * group + lax.rem(number, jnp.int32(group))
-                    at = pl.ds((entry >> 2) * ROWS, ROWS)
+                    at = pl.ds((entry >> FLAGS) * ROWS, ROWS)
                     part = pl.ds((entry & OWN) * 2, 2)
                     arrived = q_here.at[slot]
                     plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[slot], arrived)

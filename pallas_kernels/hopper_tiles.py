@@ -16,8 +16,10 @@ from pallas_kernels.quiet import used_keys
 
 _LAST = jnp.iinfo(jnp.int32).max
 
-# Flags of an entry: it is about the own noisy interval; that of some query in the tile is empty.
-OWN, IDLE = 1, 2
+# Flags of an entry: it is about the own noisy interval; that of some query in the tile is empty;
+# some query sees something of the key tile's first half, of its second.
+OWN, IDLE, FIRST_HALF, SECOND_HALF = 1, 2, 4, 8
+FLAGS = 4
 
 
 class QueryPlan(NamedTuple):
@@ -35,8 +37,8 @@ class QueryPlan(NamedTuple):
 class KeyPlan(NamedTuple):
     """Per key tile, sorted: which query tiles visit it.
 
-    columns: row, tile, number of entries without a mask, of all. entries: query tile << 2 | flags;
-    those without a mask come first, those past the number are undefined.
+    columns: row, tile, number of entries without a mask, of all. entries: query tile << FLAGS |
+    flags; those without a mask come first, those past the number are undefined.
     """
 
     columns: Int[Array, "P 4"]
@@ -83,12 +85,16 @@ def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> Ke
     begin = jnp.where(some, low, _LAST).min(axis=3)[:, :, None]
     end = jnp.where(some, high, 0).max(axis=3)[:, :, None]
     first = (jnp.arange(keys // key_tile) * key_tile)[:, None]
-    live = (begin < first + key_tile) & (end > first)
+    middle = first + key_tile // 2
+    lower = (begin < middle) & (end > first)
+    upper = (begin < first + key_tile) & (end > middle)
+    live = lower | upper
     full = live & (low.max(axis=3)[:, :, None] <= first)
     full &= high.min(axis=3)[:, :, None] >= first + key_tile
     # (2, B, J, I) -> (B * J, 2 * I)
-    live, full = (
-        jnp.moveaxis(x, 0, 2).reshape(rows * x.shape[2], 2 * x.shape[3]) for x in (live, full)
+    live, full, lower, upper = (
+        jnp.moveaxis(x, 0, 2).reshape(rows * x.shape[2], 2 * x.shape[3])
+        for x in (live, full, lower, upper)
     )
     key_tiles, tiles = keys // key_tile, live.shape[1] // 2
     masked = live & ~full
@@ -101,10 +107,10 @@ def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> Ke
     # (2, B, I) -> (B * J, 2 * I)
     idle = jnp.moveaxis((~some).any(axis=3), 0, 1).reshape(rows, 1, 2 * tiles)
     idle = jnp.broadcast_to(idle, (rows, key_tiles, 2 * tiles)).reshape(live.shape)
-    code = ((tile << 2 | part * OWN) + idle * IDLE).astype(jnp.int32)
+    code = tile << FLAGS | part * OWN | idle * IDLE | lower * FIRST_HALF | upper * SECOND_HALF
     entries = jnp.zeros(live.shape, jnp.int32)
     owner = jnp.arange(live.shape[0])[:, None]
-    entries = entries.at[owner, place].set(code, mode="drop", unique_indices=True)
+    entries = entries.at[owner, place].set(code.astype(jnp.int32), mode="drop", unique_indices=True)
     row, tile = jnp.divmod(jnp.arange(rows * key_tiles), key_tiles)
     count = live.sum(axis=1)
     columns = jnp.stack([row, tile, fulls[:, 0], count], axis=1).astype(jnp.int32)

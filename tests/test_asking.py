@@ -166,6 +166,13 @@ def test_the_command_line(home, monkeypatch, capsys):
         assert main(f"sample plain {flags}".split()) == 1
         said = capsys.readouterr().err
         assert "has no chat template" in said and "type --chat-template" in said
+    assert main(f"sample chat --prompts p.jsonl {sampled}".split()) == 0
+    assert f"{rows[0]['text']}\n\nthe{rows[1]['text']}" in capsys.readouterr().out
+    # A template laid beside the tokenizer is the run's own.
+    assert bdjax.load("plain").config.chat_template is None
+    (home / "plain" / "chat_template.jinja").write_text(LETTERS, encoding="utf-8")
+    assert bdjax.load("plain").config.chat_template.text == LETTERS
+    (home / "plain" / "chat_template.jinja").unlink()
     assert main(["sample", "chat", "--chat", "--prompt", "Hi"]) == 1
     assert "--chat and --prompts go without --prompt" in capsys.readouterr().err
     found = main(f"sample plain --chat --chat-template elsewhere.jinja {sampled}".split())

@@ -120,7 +120,8 @@ def test_the_choice_goes_by_chip_and_number_of_pairs():
     assert prefix_candidates(gpu, 512, 64) == prefix_candidates(tpu, 512, 64) == (Dense(),)
     assert prefix_candidates(tpu, 4096, 64) == (Mosaic.tuned(tpu, 64), Blockwise())
     assert prefix_candidates("cpu", 4096, 64) == (Blockwise(),)
-    assert prefix_candidates(gpu, 8192, 64) == (Blockwise(key_tile=4096),)
+    assert prefix_candidates(gpu, 8192, 64) == (Hopper(), Blockwise(key_tile=4096))
+    assert prefix_candidates(older, 8192, 64) == (Blockwise(key_tile=4096),)
 
 
 @pytest.mark.parametrize(

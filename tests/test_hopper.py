@@ -25,7 +25,15 @@ from gpu_interpret import interpreted
 
 from pallas_kernels import CleanMode, Hopper, Intervals, hopper_backward, hopper_forward
 from pallas_kernels.hopper_forward import Runs
-from pallas_kernels.hopper_tiles import IDLE, OWN, key_plan, query_plan
+from pallas_kernels.hopper_tiles import (
+    FIRST_HALF,
+    FLAGS,
+    IDLE,
+    OWN,
+    SECOND_HALF,
+    key_plan,
+    query_plan,
+)
 
 TILE = 8
 
@@ -129,9 +137,12 @@ def test_a_key_tile_lists_the_query_tiles_that_see_it(clean, views):
     for (row, tile, full, count), listed in zip(columns, entries, strict=True):
         keys = tile * TILE + np.arange(TILE)
         for step, entry in enumerate(listed[:count]):
-            at, part = slice((entry >> 2) * half, ((entry >> 2) + 1) * half), entry & OWN
+            queries, part = entry >> FLAGS, entry & OWN
+            at = slice(queries * half, (queries + 1) * half)
             inside = (keys >= low[part, row, at, None]) & (keys < high[part, row, at, None])
             assert inside.any() and (step >= full or inside.all())
+            assert bool(entry & FIRST_HALF) == inside[:, :half].any()
+            assert bool(entry & SECOND_HALF) == inside[:, half:].any()
             assert bool(entry & IDLE) == bool((low[part, row, at] >= high[part, row, at]).any())
             found[row, at, keys[0] : keys[-1] + 1] += inside
     assert np.array_equal(found, mask.astype(int))

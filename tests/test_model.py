@@ -139,14 +139,21 @@ def test_tied_heads_have_no_matrix_of_their_own():
     )
 
 
-@pytest.mark.parametrize("remat", [pytest.param(Remat.DOTS, marks=pytest.mark.slow), Remat.FULL])
-def test_remat_changes_no_gradient(remat):
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"remat": Remat.DOTS}, marks=pytest.mark.slow),
+        {"remat": Remat.FULL},
+        {"remat": Remat.FULL, "unroll": LLAMA.num_layers},
+    ],
+)
+def test_remat_and_unrolled_layers_change_no_gradient(change):
     def gradient(config):
         model = build(config)
         params = random_params(model)
         return jax.grad(lambda p: (hidden_of(model, p) ** 3).sum())(params)
 
-    kept, again = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, remat=remat))
+    kept, again = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, **change))
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -33,6 +33,7 @@ from train_step_case import Contestant, Shape, contestant  # noqa: E402
 
 _DEFAULT = (
     "ours:dots:2",
+    "ours:none:2",
     "peer:none:1",
     "peer:full:2",
     "peer:none:2",

@@ -31,12 +31,12 @@ SHAPES = ((16, 32), (32, 64))
 SMALL = (
     WindowSizes(),
     WindowSizes(key_tile=128),
-    WindowSizes(blocks=264),
 )
 LARGE = (
+    WindowSizes(),
+    WindowSizes(key_tile=128),
+    WindowSizes(warpgroups=3),
     WindowSizes(rows=128),
-    WindowSizes(rows=128, stages=3),
-    WindowSizes(rows=64),
 )
 
 

@@ -12,9 +12,13 @@ _MASK_FROM_END = 267
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The decoder (Qwen3, tied head) and its rows: `length` clean tokens and one noisy view."""
+    """The decoder (Qwen3, tied head) and its rows: `length` clean tokens and one noisy view.
+
+    unroll: layers of ours in one iteration of the loop over them.
+    """
 
     layers: int = 28
+    unroll: int = 28
     width: int = 2048
     heads: int = 16
     kv_heads: int = 8

@@ -39,6 +39,7 @@ def program(shape: Shape, remat: str) -> tuple[Objective, Model, Optimiser]:
         qk_norm=True,
         tied_head=True,
         remat=Remat(remat),
+        unroll=min(shape.unroll, shape.layers),
     )
     model = Model(
         decoder=decoder,

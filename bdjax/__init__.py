@@ -1,5 +1,7 @@
 """bdjax: block-diffusion language models in JAX; one mask predicate, one step."""
 
+from bdjax.asking import answer, converse, read_questions
+from bdjax.chat_template import ChatTemplate
 from bdjax.checkpoint import CheckpointError
 from bdjax.config import (
     EvaluationConfig,
@@ -8,11 +10,12 @@ from bdjax.config import (
 )
 from bdjax.distributed import PeerError, start_processes
 from bdjax.exporting import export_model
-from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load
+from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load, merge, save
 from bdjax.hf_tokenizer import HuggingFaceTokenizer, train_tokenizer
 from bdjax.importing import import_model
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
+from bdjax.lora import LoraConfig
 from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
 from bdjax.optim import OptimConfig
@@ -30,11 +33,13 @@ from bdjax.policies import (
 )
 from bdjax.pretrained import PretrainedError
 from bdjax.sources import (
+    ChatLines,
     DataConfig,
     JsonLines,
     Mixture,
     Parquet,
     StandardLibrary,
+    Sums,
     TextFiles,
     Weighted,
 )
@@ -50,6 +55,8 @@ __all__ = [
     "Alignment",
     "BlockSize",
     "ByteTokenizer",
+    "ChatLines",
+    "ChatTemplate",
     "CheckpointError",
     "CosineDecay",
     "DataConfig",
@@ -63,6 +70,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "JsonLines",
     "LanguageModel",
+    "LoraConfig",
     "MeshConfig",
     "NonFiniteError",
     "Mixture",
@@ -80,13 +88,16 @@ __all__ = [
     "StableDecay",
     "StandardLibrary",
     "Static",
+    "Sums",
     "TextFiles",
     "Threshold",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "Weighted",
+    "answer",
     "apply_overrides",
+    "converse",
     "evaluate",
     "export_model",
     "generate",
@@ -94,6 +105,9 @@ __all__ = [
     "load",
     "load_config",
     "make_plan",
+    "merge",
+    "read_questions",
+    "save",
     "start_processes",
     "to_text",
     "train",

@@ -32,6 +32,8 @@ example:
   bdjax sample runs/demo --prompt "import os" --tokens 200 --watch
   bdjax sample SmolLM2-135M --prompt "The capital of France is" --temperature 0
   bdjax sample runs/demo --infill "def ____(self):" --blank _
+  bdjax sample runs/sft_demo --chat
+  bdjax sample runs/demo --prompts prompts.jsonl --json
 """
 _EVALUATE = """\
 The bound on the likelihood of held-out text, in bits per byte.
@@ -119,6 +121,10 @@ def parser() -> argparse.ArgumentParser:
         help="text whose blanks are filled, and nothing else; text right of a blank is seen only "
         "inside its block",
     )
+    sample.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    sample.add_argument("--chat-template", metavar="FILE", help="Jinja (default: the model's own)")
+    sample.add_argument("--prompts", metavar="FILE", help="a prompt a line; .jsonl: JSON, messages")
+    sample.add_argument("--rows", type=int, default=8, help="of --prompts at a time (8)")
     sample.add_argument("--blank", default="_", help="the character that marks one blank (_)")
     sample.add_argument(
         "--tokens", type=int, default=128, help="new tokens after a prompt, at most (128)"

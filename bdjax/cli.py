@@ -12,6 +12,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 
 import bdjax
 from bdjax.arguments import parser as make_parser
@@ -152,6 +153,13 @@ def _sample(args) -> int:
         "fused": False if args.separate_commit else None,
         "seed": args.seed,
     }
+    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
+        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
+    if args.chat:
+        bdjax.converse(loaded, template=args.chat_template, max_new_tokens=args.tokens, **options)
+        return 0
+    if args.prompts:
+        return _sample_file(args, loaded, options)
 
     def run(watch=None):
         """Prompts go on until they stop; templates keep all of their own text and end with it."""
@@ -189,6 +197,18 @@ def _sample(args) -> int:
             f"by {result.finish}]",
             file=sys.stderr,
         )
+    return 0
+
+
+def _sample_file(args, loaded: bdjax.LanguageModel, options: dict) -> int:
+    """Answers to a file of prompts, each as soon as its rows are done."""
+    questions = bdjax.read_questions(args.prompts)
+    options |= {"rows": args.rows, "template": args.chat_template, "max_new_tokens": args.tokens}
+    found = bdjax.answer(loaded, questions, **options)
+    bar = track(found, "sampling", len(questions), console=Console(stderr=True), transient=True)
+    for question, result in zip(questions, bar, strict=True):
+        text = clean_text((question if isinstance(question, str) else "") + result.text)
+        print(_json({"prompt": question} | asdict(result)) if args.json else f"{text}\n")
     return 0
 
 

@@ -1,17 +1,20 @@
 """What a run is: frozen objects composed in a Python file, checked when they are built."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 
 from bdjax import noise, objective
+from bdjax.chat import encode_conversations
+from bdjax.chat_template import TEMPLATE_NAME, ChatTemplate
 from bdjax.corpus import Document
 from bdjax.data import PackingConfig
 from bdjax.embedding import TokenEmbedding
 from bdjax.hf_tokenizer import FILE_NAME, HuggingFaceTokenizer
 from bdjax.learning_rate import CosineDecay, StableDecay
+from bdjax.lora import LoraConfig
 from bdjax.model import DecoderConfig, Llama3Scaling
 from bdjax.objective import Objective
 from bdjax.optim import OptimConfig
@@ -19,11 +22,13 @@ from bdjax.overrides import from_json
 from bdjax.readout import TokenReadout
 from bdjax.sharding import make_mesh
 from bdjax.sources import (
+    ChatLines,
     DataConfig,
     JsonLines,
     Mixture,
     Parquet,
     StandardLibrary,
+    Sums,
     TextFiles,
     Weighted,
 )
@@ -113,6 +118,8 @@ class TrainConfig:
     """A whole run. Build it in `get_config()` of a Python file; `bdjax train FILE key=value`.
 
     The newest `keep_checkpoints` stay, and every one at a multiple of `keep_every` steps (0: none).
+    `chat_template`: how messages become text, for `ChatLines` and `bdjax sample --chat`.
+    `start_from`: the folder of a run whose parameters this one begins with, nothing else of it.
     """
 
     name: str
@@ -129,6 +136,8 @@ class TrainConfig:
     watchdog: WatchdogConfig = WatchdogConfig()
     seed: int = 0
     tokenizer: Tokenizer = ByteTokenizer()
+    chat_template: ChatTemplate | None = None
+    start_from: str | None = None
 
     def __post_init__(self):
         if self.keep_every < 0:
@@ -142,6 +151,17 @@ class TrainConfig:
                     f"{name}={getattr(self, name)} must be at least 1; type {name}={example}"
                 )
         check_seed(self.seed)
+        if self.data.chats and self.chat_template is None:
+            raise ValueError(
+                "data has conversations (ChatLines) and the run has no chat template; type "
+                "chat_template=ChatTemplate chat_template.path= of a Jinja file, such as a "
+                "model's chat_template.jinja"
+            )
+        if self.model.lora is not None and self.start_from is None:
+            raise ValueError(
+                "model.lora trains pairs beside frozen matrices, and nothing says which; type "
+                "start_from= the folder of a run"
+            )
         self.objective.check(self.model.clean)
         largest = self.objective.block_size.largest
         if largest > self.data.row_length:
@@ -223,9 +243,31 @@ class TrainConfig:
             move_cuts=self.data.move_cuts,
         )
 
+    def keep(self, folder: Path, write: bool) -> "TrainConfig":
+        """This config with what its files hold pinned; if `write`, they are copied into `folder`.
+
+        Raises ValueError when the folder has other files of another run.
+        """
+        template = self.chat_template
+        return replace(
+            self,
+            tokenizer=self.tokenizer.keep(folder, write),
+            chat_template=None if template is None else template.keep(folder, write),
+        )
+
     def documents(self) -> tuple[list[Document], list[Document]]:
-        """Training and held-out documents."""
-        return self.data.documents()
+        """Training and held-out documents; a conversation became one document per answer.
+
+        Warns of answers that fit no row, which are left out.
+        """
+        sides = self.data.documents()
+        if self.chat_template is None or not self.data.chats:
+            return sides
+        length = self.data.row_length
+        train, held_out = (
+            encode_conversations(side, self.chat_template, self.tokenizer, length) for side in sides
+        )
+        return train, held_out
 
     def build_model(self) -> Model:
         """The network with embedding and readout, which never draws what the tokenizer bans."""
@@ -245,6 +287,7 @@ _CLASSES = (
     TrainConfig,
     DecoderConfig,
     Llama3Scaling,
+    LoraConfig,
     Dense,
     Blockwise,
     Cudnn,
@@ -272,8 +315,10 @@ _CLASSES = (
     noise.Discrete,
     DataConfig,
     StandardLibrary,
+    Sums,
     TextFiles,
     JsonLines,
+    ChatLines,
     Parquet,
     Mixture,
     Weighted,
@@ -284,6 +329,7 @@ _CLASSES = (
     EvaluationConfig,
     ByteTokenizer,
     HuggingFaceTokenizer,
+    ChatTemplate,
     WatchdogConfig,
 )
 
@@ -291,27 +337,37 @@ _CLASSES = (
 def config_from_json(text: str, directory: str | Path | None = None) -> TrainConfig:
     """The config stored in a checkpoint, rebuilt from its own classes and nothing else.
 
-    directory: the run, its `checkpoints` or one of them; the run's own tokenizer.json is then read
-    in place of the one that it was copied from. Raises ValueError when the text is not such a
-    config, or that file another than the config names.
+    directory: the run, its `checkpoints` or one of them; the run's own tokenizer.json and
+    chat_template.jinja are then read in place of those that they were copied from. Raises
+    ValueError when the text is not such a config, or such a file another than the config names.
     """
     if directory is not None:
-        text = _with_own_tokenizer(text, Path(directory).absolute())
+        text = _with_own_files(text, Path(directory).absolute())
     config = from_json(text, {cls.__name__: cls for cls in _CLASSES})
     if not isinstance(config, TrainConfig):
         raise ValueError(f"expected a TrainConfig, got a {type(config).__name__}")
     return config
 
 
-def _with_own_tokenizer(text: str, directory: Path) -> str:
+def _with_own_files(text: str, directory: Path) -> str:
+    """The config's text with the paths of the files that the run keeps, where it has them."""
+    folders = (directory, *directory.parents[:2])
     try:
         found = json.loads(text)
-        tokenizer = found["tokenizer"]
-        own = tokenizer["type"] == HuggingFaceTokenizer.__name__
-    except (ValueError, TypeError, KeyError):
-        return text  # older than the field, or nothing that `from_json` reads
-    copies = [folder / FILE_NAME for folder in (directory, *directory.parents[:2])]
-    kept = next((copy for copy in copies if copy.is_file()), None)
-    if not own or kept is None:
-        return text
-    return json.dumps(found | {"tokenizer": tokenizer | {"path": str(kept)}})
+        # A template that somebody laid beside the tokenizer is the model's, too.
+        owners = {
+            "tokenizer": (FILE_NAME, HuggingFaceTokenizer, found["tokenizer"]),
+            "chat_template": (
+                TEMPLATE_NAME,
+                ChatTemplate,
+                found.get("chat_template") or {"type": ChatTemplate.__name__},
+            ),
+        }
+        for key, (name, kind, owner) in owners.items():
+            copies = [folder / name for folder in folders]
+            copy = next((copy for copy in copies if copy.is_file()), None)
+            if copy is not None and owner["type"] == kind.__name__:
+                found[key] = owner | {"path": str(copy)}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return text  # older than the fields, or nothing that `from_json` reads
+    return json.dumps(found)

@@ -1,10 +1,14 @@
 """Documents: the interpreter's own source as text, and a split that never moves."""
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 # Tests and tables read unlike the rest; site-packages differs from machine to machine.
 _SKIPPED_FOLDERS = frozenset(
@@ -14,11 +18,17 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 class Document(NamedTuple):
-    """One text, read as a stream of its own. data: UTF-8 bytes. part: its place in a mixture."""
+    """One text, read as a stream of its own. data: UTF-8 bytes. part: its place in a mixture.
+
+    conversation: `data` is the JSON of a conversation's messages. tokens: what stands in place of
+    `data` in one that is encoded (`bdjax.chat`), the ids of a prompt and of its answer.
+    """
 
     name: str
     data: bytes
     part: int = 0
+    conversation: bool = False
+    tokens: tuple[Int[np.ndarray, "P"], Int[np.ndarray, "A"]] | None = None
 
 
 def standard_library() -> list[Document]:
@@ -43,6 +53,15 @@ def standard_library() -> list[Document]:
             "or TextFiles(paths=('texts/**/*.txt',))"
         )
     return list(by_content.values())
+
+
+def sums(questions: Sequence[str]) -> Document:
+    """The conversation in which each of the questions, such as "12 + 7", gets its answer."""
+    messages = []
+    for asked in questions:
+        total = str(sum(map(int, asked.split(" + "))))
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": total}]
+    return Document(", ".join(questions), json.dumps(messages).encode(), conversation=True)
 
 
 def split_by_hash(

@@ -1,8 +1,8 @@
 """Documents -> rows: pieces that start with BOS, packed by Grain; no corruption, no jax.
 
 Each document, closed by EOS, is cut into pieces that fit a row; every piece counts positions from
-its head, which is BOS at a document's start and CUT where a document goes on. With row_length=8,
-align=4 and "abc", "de", "0123456789" as documents:
+its head, which is BOS at a document's start and CUT where a document goes on. An encoded chat fits
+a row and is never cut. With row_length=8, align=4 and "abc", "de", "0123456789" as documents:
 
     Tail.FILL    tokens    B a b c E E E E   B d e E . . . .      E: EOS, B: BOS, C: CUT, .: padding
                  segment   1 1 1 1 1 1 1 1   1 1 1 1 0 0 0 0
@@ -44,7 +44,7 @@ class RowBatch(TypedDict):
 
     segment: 1, 2, 3 .. for the documents of a row, ascending; 0 marks padding, whose token is EOS.
     position: 0 .. within the document's piece; 0 in padding. trainable: the tokens whose prediction
-    is scored, which is all but BOS, CUT and padding; EOS that fills a tail counts.
+    is scored, which is all but BOS, CUT, padding and chats' prompts; EOS that fills a tail counts.
     """
 
     tokens: Int[np.ndarray, "B L"]
@@ -288,23 +288,28 @@ def _parts(
 class _Pieces:
     """Random access to the pieces of tokenised documents: a Grain source.
 
-    Raises ValueError when no document holds a token.
+    A token that is not to be scored, of a chat's prompt, is there as its complement ~id: one array
+    to pack. Raises ValueError when no document holds a token, and for a chat's that fits no row.
     """
 
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer, packing: PackingConfig):
-        encoded = [ids for d in documents if (ids := tokenizer.encode(d.data)).size]
+        # BOS or CUT takes one place of each piece.
+        self.room = packing.row_length - 1
+        encoded = [ids for d in documents if (ids := _marked_ids(d, tokenizer, self.room)).size]
         if not encoded:
             raise ValueError(
                 f"empty corpus: {len(documents)} documents hold 0 tokens; "
                 "give at least one document with text"
             )
         end = np.array([tokenizer.eos_id], np.int32)
-        self._tokens = np.concatenate([part for ids in encoded for part in (ids, end)])
+        # An answer whose end of turn is EOS has its end.
+        ended = [int(ids[-1] == tokenizer.eos_id) for ids in encoded]
+        self._tokens = np.concatenate(
+            [part for ids, done in zip(encoded, ended, strict=True) for part in (ids, end[done:])]
+        )
         self._tokenizer = tokenizer
         self._align = packing.align if packing.tail is Tail.FILL else 1
-        # BOS or CUT takes one place of each piece.
-        self.room = packing.row_length - 1
-        sizes = np.array([ids.size + 1 for ids in encoded])
+        sizes = np.array([ids.size + 1 - done for ids, done in zip(encoded, ended, strict=True)])
         self._stops = np.cumsum(sizes)
         self.moves = packing.move_cuts & (sizes > self.room)
         # Cuts that move may need one piece more.
@@ -341,6 +346,25 @@ class _Pieces:
         tokens[0] = self._tokenizer.cut_id if inside else self._tokenizer.bos_id
         tokens[1:length] = self._tokens[start:stop]
         return {"tokens": tokens}
+
+
+def _marked_ids(document: Document, tokenizer: Tokenizer, room: int) -> Int[np.ndarray, "T"]:
+    """A document's ids; those of a chat's prompt as ~id. A chat has to fit `room` with its EOS."""
+    if document.conversation:
+        raise ValueError(
+            f"{document.name} is a conversation that is not encoded yet; take the documents of "
+            "TrainConfig.documents()"
+        )
+    if document.tokens is None:
+        return tokenizer.encode(document.data)
+    prompt, answer = document.tokens
+    # EOS is the answer's own last, or one more.
+    if prompt.size + answer.size > room - (answer[-1:] != tokenizer.eos_id).sum():
+        raise ValueError(
+            f"{document.name} has {prompt.size} + {answer.size} tokens, too many for a row of "
+            f"{room + 1}; type data.row_length={prompt.size + answer.size + 2}, or leave it out"
+        )
+    return np.concatenate([~prompt, answer])
 
 
 class _Epochs:
@@ -406,10 +430,11 @@ def _batch(rows: grain.IterDataset, tokenizer: Tokenizer, batch_size: int) -> gr
 def _row_batch(padding_id: int, packed: dict[str, Int[np.ndarray, "B L"]]) -> RowBatch:
     """Grain's names -> ours."""
     segment, position = packed["tokens_segment_ids"], packed["tokens_positions"]
+    marked = packed["tokens"]
     return RowBatch(
-        tokens=np.where(segment > 0, packed["tokens"], np.int32(padding_id)),
+        tokens=np.where(segment > 0, np.where(marked < 0, ~marked, marked), np.int32(padding_id)),
         segment=segment,
         position=position,
         # Position 0 is BOS, CUT or padding, and nothing else.
-        trainable=position > 0,
+        trainable=(position > 0) & (marked >= 0),
     )

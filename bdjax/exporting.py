@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import safetensors_file
+from bdjax.chat_template import TEMPLATE_NAME
 from bdjax.config import TrainConfig
 from bdjax.families import Decoding, Family, family_of
-from bdjax.generation import LanguageModel
-from bdjax.hf_folder import CHAT_TEMPLATE, INDEX, SINGLE
+from bdjax.generation import LanguageModel, merge
+from bdjax.hf_folder import INDEX, SINGLE
 from bdjax.hf_tokenizer import FILE_NAME
 from bdjax.importing import OWN_KEY
 from bdjax.objective import Alignment
@@ -41,7 +42,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes `folder` and returns it: config, tokenizer, generation settings, weights.
+    """Writes `folder` and returns it: config, tokenizer, generation settings, weights, LoRA merged.
 
     model_type: the family to write, None for the base architecture that fits. dtype: of the
     weights, None for theirs. It is written beside its place and moved there when it is whole.
@@ -49,6 +50,7 @@ def export_model(
 
     Raises PretrainedError for a network that no family has, FileExistsError when `folder` exists.
     """
+    language_model = merge(language_model)
     folder, config = Path(folder), language_model.config
     if folder.exists():
         raise FileExistsError(f"{folder} exists; type --out with another folder")
@@ -67,8 +69,8 @@ def export_model(
         _write(part / "generation_config.json", _generation(config))
         _write(part / "tokenizer_config.json", _tokenizer_config(config))
         (part / FILE_NAME).write_text(config.tokenizer.to_json(), encoding="utf-8")
-        if language_model.chat_template is not None:
-            (part / CHAT_TEMPLATE).write_text(language_model.chat_template, encoding="utf-8")
+        if config.chat_template is not None:
+            (part / TEMPLATE_NAME).write_text(config.chat_template.text, encoding="utf-8")
         for path in part.iterdir():
             if path.name not in files:
                 with path.open("rb") as file:

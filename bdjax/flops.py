@@ -121,6 +121,9 @@ def step_flops(
     labels = tokens - len(documents)
     streams = objective.views + objective.clean_stream
     matrices = layer_matrices(c)
+    # Of a frozen matrix no gradient is computed: a third of its FLOPs.
+    frozen = 0 if c.lora is None else matrices - layer_matrices(c, Role.ADAPTER)
+    head = 6.0 if c.lora is None else 4.0
     pairs = visible_pairs(objective, c.clean, documents, block_size)
     per_pair = c.num_heads * c.head_dim * c.num_layers
     entries = share * objective.views * labels + (labels if objective.scores_ar else 0)
@@ -135,14 +138,15 @@ def step_flops(
     if not isinstance(c.attention, Dense):
         again += 2.0 * pairs * per_pair
     return Flops(
-        body=6.0 * matrices * tokens * streams,
+        body=(6.0 * matrices - 2.0 * frozen) * tokens * streams,
         attention=12.0 * pairs * per_pair,
-        head=6.0 * vocabulary * entries,
+        head=head * vocabulary * entries,
         recomputed=again + 2.0 * vocabulary * entries,
     )
 
 
-def layer_matrices(decoder: DecoderConfig) -> int:
-    """Parameters of the layers that multiply tokens: all but norms and biases."""
+def layer_matrices(decoder: DecoderConfig, *roles: Role) -> int:
+    """Parameters of the layers that multiply tokens, all or of some roles: no norms, no biases."""
     leaves = jax.tree.leaves(decoder.table()["layers"], is_leaf=is_parameter)
-    return count({str(i): p for i, p in enumerate(leaves) if p.role is Role.MATRIX})
+    asked = roles or (Role.MATRIX, Role.ADAPTER)
+    return count({str(i): p for i, p in enumerate(leaves) if p.role in asked})

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bdjax import sharding
-from bdjax.checkpoint import read_config, restore_params
+from bdjax.base import merged_model, restore_model, write_run
+from bdjax.checkpoint import read_config
 from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
 from bdjax.importing import (
     config_of,
     is_pretrained,
-    kept_chat_template,
     parameters_of,
     read_pretrained,
 )
@@ -35,12 +35,11 @@ _COLDEST, _HOTTEST = 1e-6, 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A trained model with everything needed to use it. `chat_template`: Jinja source, not run."""
+    """A trained model with everything needed to use it."""
 
     config: TrainConfig
     model: Model
     params: Any
-    chat_template: str | None = None
 
 
 def load(
@@ -66,12 +65,7 @@ def load(
         config = config_of(pretrained, dtype=dtype, mesh=mesh or MeshConfig())
         with jax.set_mesh(config.mesh.build()):
             params = parameters_of(pretrained, config, dtype=dtype, progress=progress)
-        return LanguageModel(
-            config=config,
-            model=config.build_model(),
-            params=params,
-            chat_template=pretrained.chat_template,
-        )
+        return LanguageModel(config=config, model=config.build_model(), params=params)
     config = config_from_json(read_config(directory, step), directory)
     if mesh is not None or config.mesh.devices > jax.device_count():
         config = replace(config, mesh=mesh or MeshConfig())
@@ -79,12 +73,25 @@ def load(
         config = replace(config, model=replace(config.model, dtype=dtype))
     model = config.build_model()
     with jax.set_mesh(config.mesh.build()):
-        abstract = jax.eval_shape(model.init, jax.random.key(0))
-        if dtype is not None:
-            abstract = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), abstract)
-        _, params = restore_params(directory, abstract, step, stored_dtype=dtype is None)
-    template = kept_chat_template(directory)
-    return LanguageModel(config=config, model=model, params=params, chat_template=template)
+        params = restore_model(directory, model, step, dtype=dtype)
+    return LanguageModel(config=config, model=model, params=params)
+
+
+def merge(language_model: LanguageModel) -> LanguageModel:
+    """The same network without LoRA: each pair added to its matrix in float32, then gone."""
+    config = language_model.config
+    with jax.set_mesh(config.mesh.build()):
+        config, params = merged_model(config, language_model.params)
+    return LanguageModel(config=config, model=config.build_model(), params=params)
+
+
+def save(language_model: LanguageModel, directory: str | Path) -> None:
+    """Writes a run that `load` reads and `TrainConfig.start_from` takes, with nothing to resume.
+
+    Raises CheckpointError or ValueError when the folder holds a run.
+    """
+    with jax.set_mesh(language_model.config.mesh.build()):
+        write_run(directory, language_model.config, language_model.params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bdjax.chat_template import TEMPLATE_NAME
 from bdjax.pretrained import Pretrained, PretrainedError
 from bdjax.safetensors_file import SafetensorsFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHAT_TEMPLATE = "chat_template.jinja"
 # Larger than any of the hub's, small enough to parse.
 _LARGEST_JSON, _LARGEST_TOKENIZER = 64 << 20, 256 << 20
 
@@ -86,7 +86,7 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """Its own file, else what tokenizer_config.json says; the default one of several."""
-    own = _text(folder / CHAT_TEMPLATE, _LARGEST_JSON, needed=False)
+    own = _text(folder / TEMPLATE_NAME, _LARGEST_JSON, needed=False)
     if own is not None:
         return own
     found = _object(folder / "chat_template.json", needed=False).get("chat_template")

@@ -156,6 +156,15 @@ class HuggingFaceTokenizer(Tokenizer):
         sizes[: len(self._pieces)] = [len(piece) for piece in self._pieces]
         return sizes
 
+    def control_tokens(self) -> dict[str, int]:
+        """The file's special tokens, and what stands for BOS and EOS; never the mask."""
+        added = self._json.get("added_tokens", [])
+        found = {token["content"]: token["id"] for token in added if token["special"]}
+        for text, number in ((self.bos, self.bos_id), (self.eos, self.eos_id)):
+            if isinstance(text, str):
+                found[text] = number
+        return {text: number for text, number in found.items() if text and number != self.mask_id}
+
     def keep(self, folder: Path, write: bool) -> "HuggingFaceTokenizer":
         """This tokenizer with its `sha256`; if `write`, its file is copied into `folder`.
 

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 
 from bdjax import presets, weights
+from bdjax.chat_template import TEMPLATE_NAME, ChatTemplate
 from bdjax.checkpoint import Checkpoints
 from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
 from bdjax.data import Tail
 from bdjax.families import Decoding, Family, family_of
 from bdjax.family_config import ConfigReader, decoder_config, rows_of
 from bdjax.gguf_file import open_gguf
-from bdjax.hf_folder import CHAT_TEMPLATE, is_model_folder, read_folder
+from bdjax.hf_folder import is_model_folder, read_folder
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
 from bdjax.manifest import CheckpointError
 from bdjax.objective import Alignment
@@ -114,6 +115,7 @@ def config_of(
             mesh=mesh,
             evaluation=EvaluationConfig(every=0),
             tokenizer=tokenizer,
+            chat_template=_template(pretrained),
         )
     except PretrainedError:
         raise
@@ -165,11 +167,7 @@ def import_model(
         params = parameters_of(pretrained, config, dtype=dtype, progress=progress)
         fresh = not run.exists()
         try:
-            kept = config.tokenizer.keep(run, write=jax.process_index() == 0)
-            config = replace(config, tokenizer=kept)
-            if pretrained.chat_template is not None and jax.process_index() == 0:
-                path = run / CHAT_TEMPLATE
-                path.write_text(pretrained.chat_template, encoding="utf-8")
+            config = config.keep(run, write=jax.process_index() == 0)
             with Checkpoints(run) as checkpoints:
                 checkpoints.save(0, {"params": params}, to_json(config))
                 checkpoints.wait()
@@ -178,16 +176,6 @@ def import_model(
                 shutil.rmtree(run, ignore_errors=True)
             raise
     return config
-
-
-def kept_chat_template(directory: str | Path) -> str | None:
-    """The chat template that came with the model of a run, or of one of its checkpoints."""
-    run = Path(directory).absolute()
-    if run.parent.name == "checkpoints":
-        run = run.parent
-    run = run.parent if run.name == "checkpoints" else run
-    path = run / CHAT_TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _facts(pretrained: Pretrained, family: Family) -> _Facts:
@@ -237,6 +225,14 @@ def _recipe(facts: _Facts, mask_id: int, row: int) -> Recipe:
     else:
         recipe = presets.default(mask_id=mask_id, block_size=facts.block_size)
     return Recipe(replace(recipe.objective, alignment=facts.alignment), facts.clean)
+
+
+def _template(pretrained: Pretrained) -> ChatTemplate | None:
+    """The model's own, if it has one."""
+    if pretrained.chat_template is None:
+        return None
+    path = Path(pretrained.where) / TEMPLATE_NAME
+    return ChatTemplate(path=str(path), source=pretrained.chat_template)
 
 
 def _tokenizer(pretrained: Pretrained, rows: int, mask_id: int | None) -> HuggingFaceTokenizer:

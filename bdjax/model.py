@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bdjax.attention import Implementation, Prefix, attend
 from bdjax.cache import Cache, KeyValues
+from bdjax.lora import LoraConfig, low_rank, pair_names, with_pairs
 from bdjax.parameters import Parameter, Role, Table
 from bdjax.sharding import reshard, spec
 from pallas_kernels import KEPT, CleanMode, Intervals
@@ -48,6 +49,7 @@ class DecoderConfig:
     says which layers rotate queries and keys (SmolLM3: three of four), None that all do. `unroll`:
     layers in one iteration of the loop over them. With all of them there is no loop, so that
     nothing is copied in and out of stacks; the program grows with the depth.
+    `lora`: low-rank pairs beside some matrices are trained, and nothing else.
     """
 
     num_layers: int
@@ -69,6 +71,7 @@ class DecoderConfig:
     remat: Remat = Remat.FULL
     unroll: int = 1
     attention: Implementation | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -138,14 +141,14 @@ class DecoderConfig:
             table |= {"bq": bias(n, "heads"), "bk": bias(k, "kv_heads"), "bv": bias(k, "kv_heads")}
         if self.qk_norm:
             table |= {"q_norm": norm(h, "head_dim"), "k_norm": norm(h, "head_dim")}
-        return table
+        return table if self.lora is None else with_pairs(table, self.lora)
 
     def table(self) -> Table:
         """The parameters of the trunk, layers stacked."""
 
         def stacked(p: Parameter) -> Parameter:
             init = p.init
-            if p.role is Role.MATRIX:
+            if p.role is Role.MATRIX or (p.role is Role.ADAPTER and p.axes[-1] == "rank"):
                 init = _fan_in(len(p.shape), p.contracted, stacked=True)
             return Parameter(
                 shape=(self.num_layers, *p.shape),
@@ -236,6 +239,15 @@ class Layer(nn.Module):
         axes = ("embed" if axis == "embed_in" else axis for axis in p.axes)
         return reshard(master.astype(self.config.dtype), *axes)
 
+    def product(self, equation: str, x: Array, name: str, *out: str) -> Array:
+        """x times a matrix, and its low-rank pair if it has one."""
+        sharded, lora = spec(*out), self.config.lora
+        y = jnp.einsum(equation, x, self.weight(name), out_sharding=sharded)
+        if lora is None or name not in lora.targets:
+            return y
+        a, b = map(self.weight, pair_names(name))
+        return y + low_rank(equation, x, a, b, lora.scale, sharded)
+
     @nn.compact
     def __call__(self, x, each, angles, own: Intervals, cache, keys):
         c = self.config
@@ -245,8 +257,7 @@ class Layer(nn.Module):
             angles = angles * turned
 
         def project(h, name, heads, bias):
-            sharded = spec("batch", "length", heads, "head_dim")
-            out = jnp.einsum("btd,dnh->btnh", h, self.weight(name), out_sharding=sharded)
+            out = self.product("btd,dnh->btnh", h, name, "batch", "length", heads, "head_dim")
             return out + self.weight(bias) if c.qkv_bias else out
 
         with jax.named_scope("attention"):
@@ -263,16 +274,15 @@ class Layer(nn.Module):
                 (cache_k, cache_v), seen = cache
                 prefix = Prefix(cache_k, cache_v, layer, seen)
             mixed = attend(q, k, v, own, prefix, c.attention)
-            embed = spec("batch", "length", "embed")
-            out = jnp.einsum("btnh,nhd->btd", mixed, self.weight("wo"), out_sharding=embed)
+            embed = ("batch", "length", "embed")
+            out = self.product("btnh,nhd->btd", mixed, "wo", *embed)
             x = x + dropped(out, keys, c.dropout, 1 + 2 * layer)
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
-            mlp = spec("batch", "length", "mlp")
-            gate = jnp.einsum("btd,df->btf", h, self.weight("w_gate"), out_sharding=mlp)
-            up = jnp.einsum("btd,df->btf", h, self.weight("w_up"), out_sharding=mlp)
-            down = jax.nn.silu(gate) * up
-            out = jnp.einsum("btf,fd->btd", down, self.weight("w_down"), out_sharding=embed)
+            mlp = ("batch", "length", "mlp")
+            gate = self.product("btd,df->btf", h, "w_gate", *mlp)
+            up = self.product("btd,df->btf", h, "w_up", *mlp)
+            out = self.product("btf,fd->btd", jax.nn.silu(gate) * up, "w_down", *embed)
             x = x + dropped(out, keys, c.dropout, 2 + 2 * layer)
         return x, KeyValues(k, v)
 

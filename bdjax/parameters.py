@@ -23,6 +23,7 @@ class Role(Enum):
     HEAD = "head"
     NORM = "norm"
     BIAS = "bias"
+    ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ def read_plan(config: TrainConfig, topology: str, program: Program) -> Plan:
         device_kind=device.device_kind,
         devices=mesh.size,
         mesh=_sizes(config),
-        parameters=sum(x.size for x in jax.tree.leaves(arguments[3].params)),
+        parameters=sum(x.size for x in jax.tree.leaves(arguments[3].averaged)),
         memory=memory,
         capacity=chip.memory if chip else _limit(device),
         flops=flops,
@@ -315,7 +315,7 @@ def _check_mesh(config: TrainConfig, topology: str, devices: int) -> None:
 def abstract_arguments(config: TrainConfig, mesh: Mesh) -> tuple:
     """The arguments of `train_step` as shapes with shardings on the mesh in force."""
     model = config.build_model()
-    optimiser = make_optimiser(config.optim, model.table(), config.steps)
+    optimiser = make_optimiser(config.optim, model.trained_table(), config.steps)
 
     state = jax.eval_shape(lambda: initial_state(config.seed, model, optimiser))
     state, root = placed((state, jax.eval_shape(lambda: jax.random.key(0))), mesh)

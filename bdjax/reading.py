@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bdjax.corpus import Document, utf8_error
+from bdjax.messages import read_messages
 
 Paths = str | Path | Iterable[str | Path]
 
@@ -42,6 +43,21 @@ def read_json_lines(paths_or_globs: Paths, field: str = "text") -> list[Document
     """
     documents = [d for path in _files(paths_or_globs) for d in _json_documents(path, field)]
     return _some_text(documents, "lines hold 0 bytes", f"under the field {field!r}")
+
+
+def read_conversations(paths_or_globs: Paths) -> list[Document]:
+    """One conversation per line: {"messages": [{"role", "content"}, ..]} or {"prompt", "response"}.
+
+    The documents hold the messages as JSON. Raises FileNotFoundError for a path or pattern without
+    a file; ValueError, with file and line, for a line that is not UTF-8, not JSON or no
+    conversation (`bdjax.messages`); ValueError for files without a line.
+    """
+    found = [d for path in _files(paths_or_globs) for d in _conversations(path)]
+    if not found:
+        raise ValueError(
+            "empty corpus: no file has a line; name at least one file with a conversation per line"
+        )
+    return found
 
 
 def read_parquet(paths_or_globs: Paths, column: str = "text") -> list[Document]:
@@ -100,23 +116,38 @@ def _cut_off(path: Path) -> ValueError:
 
 
 def _json_documents(path: Path, field: str) -> Iterator[Document]:
+    for where, record in _json_records(path, {field: "some text"}):
+        if not isinstance(record, dict) or field not in record:
+            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(
+                f"{where} has no field {field!r}; type field= one of those it has: {found}"
+            )
+        yield Document(where, _utf8(record[field], f"{where}, field {field!r}"))
+
+
+def _conversations(path: Path) -> Iterator[Document]:
+    for where, record in _json_records(path, {"prompt": "Hi", "response": "Hello"}):
+        try:
+            messages = read_messages(record)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        text = json.dumps(messages, ensure_ascii=False)
+        yield Document(where, _utf8(text, where), conversation=True)
+
+
+def _json_records(path: Path, example: dict[str, str]) -> Iterator[tuple[str, object]]:
+    """(file and line, value) of every line that holds something."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             _require_utf8(Document(where, line))
             try:
-                record = json.loads(line)
+                yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{where} is no JSON ({error}); expected one object per line, such as "
-                    f"{json.dumps({field: 'some text'})}"
+                    f"{json.dumps(example)}"
                 ) from error
-            if not isinstance(record, dict) or field not in record:
-                found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(
-                    f"{where} has no field {field!r}; type field= one of those it has: {found}"
-                )
-            yield Document(where, _utf8(record[field], f"{where}, field {field!r}"))
 
 
 def _utf8(text: object, where: str) -> bytes:

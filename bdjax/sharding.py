@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "rank": (),
 }
 
 

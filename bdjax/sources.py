@@ -1,6 +1,8 @@
 """Where a run's documents come from, and how they share rows: the config of the data."""
 
 import math
+import random
+import zlib
 from dataclasses import dataclass
 
 from bdjax import corpus, reading
@@ -20,6 +22,11 @@ class Source:
         """Each part's share of the training tokens, up to a common factor: one part."""
         return (1.0,)
 
+    @property
+    def chats(self) -> bool:
+        """Whether some of the documents are conversations, which need a chat template."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class StandardLibrary(Source):
@@ -28,6 +35,44 @@ class StandardLibrary(Source):
     def documents(self) -> list[Document]:
         """Its Python files, without tests and encodings, each content once."""
         return corpus.standard_library()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums(Source):
+    """Chats with known answers: sums a + b of numbers up to `largest`, `questions` in each chat.
+
+    One sum in `one_in` is held out, by a hash: it is asked where `held_out` is set and nowhere
+    else. Every sum of a side opens one chat; what follows is drawn from that side.
+    """
+
+    largest: int = 29
+    questions: int = 1
+    one_in: int = 16
+    held_out: bool = False
+
+    def __post_init__(self):
+        for name, least, example in (("largest", 9, 29), ("questions", 1, 1), ("one_in", 2, 16)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least {least}; type {name}={example}"
+                )
+
+    @property
+    def chats(self) -> bool:
+        """Yes."""
+        return True
+
+    def documents(self) -> list[Document]:
+        """The conversations; the same every time."""
+        numbers = range(self.largest + 1)
+        sums = [
+            f"{a} + {b}"
+            for a in numbers
+            for b in numbers
+            if (zlib.crc32(f"{a} + {b}".encode()) % self.one_in == 0) is self.held_out
+        ]
+        draw = random.Random(0)
+        return [corpus.sums([asked, *draw.choices(sums, k=self.questions - 1)]) for asked in sums]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +109,28 @@ class JsonLines(Source):
     def documents(self) -> list[Document]:
         """The lines' texts; errors name file and line."""
         return reading.read_json_lines(self.paths, self.field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatLines(Source):
+    """Conversations to fine-tune on, one per line of JSON; globs, .gz and .zst as for `TextFiles`.
+
+    A line is {"messages": [{"role": .., "content": ..}, ..]}, with the roles system, user,
+    assistant and tool, or {"prompt": .., "response": ..}. The run's chat template turns them into
+    text (`TrainConfig.chat_template`). Answers alone are trained: each is a document of its own
+    behind everything it answers, as the sampler sees it, and is never cut (`bdjax.chat`).
+    """
+
+    paths: tuple[str, ...]
+
+    @property
+    def chats(self) -> bool:
+        """Yes."""
+        return True
+
+    def documents(self) -> list[Document]:
+        """The conversations; errors name file and line."""
+        return reading.read_conversations(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +185,11 @@ class Mixture(Source):
         """The parts' weights."""
         return tuple(part.weight for part in self.parts)
 
+    @property
+    def chats(self) -> bool:
+        """Whether a part has conversations."""
+        return any(part.source.chats for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -162,8 +234,13 @@ class DataConfig:
                 "data.held_out_fraction=0.05"
             )
 
+    @property
+    def chats(self) -> bool:
+        """Whether conversations are trained or held out, which needs a chat template."""
+        return self.source.chats or (self.held_out is not None and self.held_out.chats)
+
     def documents(self) -> tuple[list[Document], list[Document]]:
-        """Training and held-out documents.
+        """Training and held-out documents, conversations not encoded yet.
 
         Raises ValueError when a side is empty, for a mixture a side of one of its parts, and when
         a held-out text is a training text too.

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from bdjax.cache import Cache, KeyValues
 from bdjax.layout import Places
+from bdjax.lora import split
 from bdjax.model import Decoder, DecoderConfig
 from bdjax.parameters import Role, Table, initialise
 from bdjax.sharding import per_shard
@@ -34,6 +35,10 @@ class Model:
         """All parameters: one flat dict of the three parts, layers stacked under "layers"."""
         return self.embedding.table() | self.decoder.table() | self.readout.table()
 
+    def trained_table(self) -> Table:
+        """The parameters that training moves: all of them, or the pairs of LoRA."""
+        return split(self.table(), self.decoder.lora)[0]
+
     def narrow(self, params):
         """`params` with the layers' weights in the compute dtype, as the layers cast them.
 
@@ -52,12 +57,16 @@ class Model:
 
     def init(self, key):
         """Float32 parameters, born sharded on the mesh in force."""
-        return _initialise(self, key)
+        return _initialise(self, key, False)
+
+    def init_trained(self, key):
+        """Those of `trained_table` alone."""
+        return _initialise(self, key, True)
 
 
-@partial(jax.jit, static_argnames="model")
-def _initialise(model: Model, key):
-    return initialise(model.table(), key)
+@partial(jax.jit, static_argnames=("model", "trained"))
+def _initialise(model: Model, key, trained: bool):
+    return initialise(model.trained_table() if trained else model.table(), key)
 
 
 @partial(jax.jit, static_argnames="model")

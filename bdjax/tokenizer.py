@@ -77,6 +77,10 @@ class Tokenizer:
         """A tokenizer.json of the library `tokenizers` with the same ids for the same text."""
         raise NotImplementedError
 
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens that a chat template can write, by their spelling; never the mask."""
+        raise NotImplementedError
+
     def keep(self, folder: Path, write: bool) -> "Tokenizer":
         """This tokenizer, with what it needs kept in a run's folder (if `write`): nothing."""
         return self
@@ -162,6 +166,10 @@ class ByteTokenizer(Tokenizer):
             },
         }
         return json.dumps(found, ensure_ascii=False, indent=1)
+
+    def control_tokens(self) -> dict[str, int]:
+        """BOS and EOS."""
+        return {_SPELLED[number]: number for number in (self.bos_id, self.eos_id)}
 
 
 _SPELLED: Mapping[int, str] = {

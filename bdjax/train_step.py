@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from bdjax.levels import BINS
+from bdjax.lora import join, split
 from bdjax.loss import NOISE_LEVELS, Pair, total, watched_losses
 from bdjax.objective import Batch, Objective, Row, training_row
 from bdjax.optim import OptimConfig, Optimiser, OptimiserState
@@ -22,17 +23,21 @@ class NonFiniteError(RuntimeError):
 
 
 class TrainState(NamedTuple):
-    """All arrays of a run. `step`: updates tried so far; `ema`: the weights' average, or None."""
+    """All arrays of a run. `step`: updates tried so far; `ema`: the weights' average, or None.
+
+    frozen: what LoRA does not train, None where everything is trained (`bdjax.lora.split`).
+    """
 
     params: Any
     optimiser: OptimiserState
     step: Int[Array, ""]
     ema: Any = None
+    frozen: Any = None
 
     @property
     def averaged(self) -> Any:
         """The weights that evaluation and sampling use."""
-        return self.params if self.ema is None else self.ema
+        return join(self.params if self.ema is None else self.ema, self.frozen)
 
 
 @partial(jax.jit, static_argnames=("objective", "model", "optimiser"), donate_argnames="state")
@@ -58,7 +63,14 @@ def train_step(
         own = key_for(root, Purpose.DROPOUT, state.step)
         dropout = row_keys(own, batch.segment.shape[0])
     parts, grads = gradients(
-        objective, model, state.params, row, dropout, state.step, pieces=optimiser.accumulate
+        objective,
+        model,
+        state.params,
+        row,
+        dropout,
+        state.step,
+        pieces=optimiser.accumulate,
+        frozen=state.frozen,
     )
     with jax.named_scope("optimiser"):
         params, inner, metrics = optimiser.update(grads, state.optimiser, state.params)
@@ -71,7 +83,7 @@ def train_step(
     metrics |= {f"loss_{name}": pair.mean for name, pair in parts.items()}
     # The log takes floats: counts are exact up to 2^24 and close enough above.
     metrics = jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
-    return TrainState(params, inner, state.step + 1, ema), metrics
+    return TrainState(params, inner, state.step + 1, ema, state.frozen), metrics
 
 
 def gradients(
@@ -83,15 +95,18 @@ def gradients(
     step: Int[Array, ""] | int = 0,
     *,
     pieces: int = 1,
+    frozen: Any = None,
 ) -> tuple[dict[str, Pair], Any]:
     """The parts of the loss on a row and the gradient of their total, `pieces` of it at a time.
 
-    Noise and counts are those of the whole batch, so the pieces' losses and gradients add up to
-    its own. Memory for activations is that of one piece.
+    `params` are those that get a gradient, `frozen` the others, as in `TrainState`. Noise and
+    counts are those of the whole batch, so the pieces' losses and gradients add up to its own.
+    Memory for activations is that of one piece.
     """
 
     def loss_of(params, row, dropout):
-        parts = watched_losses(model, model.narrow(params), row, dropout)
+        whole = join(params, frozen)
+        parts = watched_losses(model, model.narrow(whole), row, dropout)
         return total(objective, parts, step), parts
 
     slope = jax.value_and_grad(loss_of, has_aux=True)
@@ -138,12 +153,23 @@ def _average(decay: float, ema, params, before: Int[Array, ""], steps: Int[Array
     return jax.tree.map(lambda a, p: jnp.where(applied, a + share * (p - a), a), ema, params)
 
 
-def initial_state(seed: int, model: Model, optimiser: Optimiser) -> TrainState:
-    """Fresh parameters and optimiser state on the mesh in force."""
-    params = model.init(key_for(jax.random.key(seed), Purpose.INIT))
+def initial_state(seed: int, model: Model, optimiser: Optimiser, base: Any = None) -> TrainState:
+    """Fresh parameters and optimiser state on the mesh in force.
+
+    base: parameters to start from, without LoRA's pairs; they become the state's own.
+    """
+    key = key_for(jax.random.key(seed), Purpose.INIT)
+    lora = model.decoder.lora
+    if base is None:
+        params, frozen = split(model.init(key), lora)
+    elif lora is None:
+        params, frozen = base, None
+    else:
+        params, frozen = model.init_trained(key), base
     # A copy: the step gives both trees' buffers away.
     ema = jax.tree.map(jnp.copy, params) if optimiser.ema_decay > 0 else None
-    return TrainState(params, jax.jit(optimiser.init)(params), jnp.zeros((), jnp.int32), ema)
+    inner = jax.jit(optimiser.init)(params)
+    return TrainState(params, inner, jnp.zeros((), jnp.int32), ema, frozen)
 
 
 class FiniteWatch:

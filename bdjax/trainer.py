@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from bdjax import likelihood
+from bdjax.base import keep_base, restore_base, start_params
 from bdjax.checkpoint import Checkpoints, NoSpaceError, read_config
 from bdjax.config import TrainConfig, check_seed, config_from_json
 from bdjax.data import describe_rows, evaluation_batches, merge_states, training_batches
@@ -84,8 +85,7 @@ def train(
                 f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
                 "or --run with another folder"
             )
-        tokenizer = config.tokenizer.keep(directory, write=jax.process_index() == 0)
-        config = replace(config, tokenizer=tokenizer)
+        config = config.keep(directory, write=jax.process_index() == 0)
         if saved:
             before = config_from_json(read_config(directory), directory)
             _check_same(config, before, directory)
@@ -93,7 +93,7 @@ def train(
             say(f"{directory} holds no whole checkpoint: starting from step 0")
         train_documents, held_out = config.documents()
         model = config.build_model()
-        optimiser = make_optimiser(config.optim, model.table(), config.steps)
+        optimiser = make_optimiser(config.optim, model.trained_table(), config.steps)
         data = training_batches(
             train_documents,
             config.tokenizer,
@@ -104,11 +104,19 @@ def train(
             lanes=config.data.lanes,
             weights=config.data.source.weights(),
         )
-        state = initial_state(config.seed, model, optimiser)
+        base = None
+        if config.start_from is not None and not saved:
+            base = start_params(config)
+            if model.decoder.lora is not None:
+                keep_base(directory, config, base)
+        elif model.decoder.lora is not None:
+            base = restore_base(directory, model)
+        state = initial_state(config.seed, model, optimiser, base)
         begin = 0
         if saved:
-            abstract = jax.tree.map(_abstract, state)
-            begin, state, data_states = kept.restore(abstract)
+            abstract = jax.tree.map(_abstract, state._replace(frozen=None))
+            begin, restored, data_states = kept.restore(abstract)
+            state = restored._replace(frozen=state.frozen)
             data.set_state(merge_states(data_states))
             say(f"resumed from step {begin}")
         root = jax.random.key(config.seed)
@@ -199,7 +207,8 @@ class _Saves:
         """Starts to save `step`, once."""
         self._warning(self._kept.wait)
         if step > self._written:
-            self._kept.save(step, state, self._config, data_state)
+            # What is frozen stands in the run's base, once.
+            self._kept.save(step, state._replace(frozen=None), self._config, data_state)
             self._written = step
 
     def close(self, step: int, state: TrainState, data_state: Any) -> None:

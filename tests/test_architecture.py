@@ -17,20 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     # Leaves: nothing of bdjax.
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
-    + ("learning_rate", "manifest", "metrics", "mixture", "ngram", "overrides", "plots")
-    + ("prefetch", "pretrained", "schedules", "sharding", "stats", "tokenizer", "watchdog"),
-    ("attention", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout", "nll")
-    + ("parameters", "policies", "reading", "safetensors_file", "seeds"),
-    ("cache", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer", "hf_folder")
-    + ("muon", "readout", "sources"),
+    + ("learning_rate", "manifest", "messages", "metrics", "mixture", "ngram", "overrides", "plots")
+    + ("prefetch", "pretrained", "schedules", "sharding", "stats", "template_process")
+    + ("tokenizer", "watchdog"),
+    ("attention", "chat_template", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout")
+    + ("nll", "parameters", "policies", "reading", "safetensors_file", "seeds"),
+    ("cache", "chat", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer")
+    + ("hf_folder", "lora", "muon", "readout", "sources"),
     ("gguf_file", "model", "noise", "optim", "weights"),
     ("family_config", "objective", "step"),
     ("flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
-    ("importing", "plan", "speed"),
+    ("base", "importing", "plan", "speed"),
     ("generation",),
-    ("exporting", "trainer"),
+    ("asking", "exporting", "trainer"),
     ("__init__",),
     ("arguments",),
     ("cli",),
@@ -47,14 +48,15 @@ KNOWN_BY = {
     "tensorboardX": {"metrics"},
     "matplotlib": {"plots"},
     "pyarrow": {"reading"},
+    "jinja2": {"template_process"},
     "tokenizers": {"hf_tokenizer"},
     "zstandard": {"reading"},
     "rich": {"cli", "display", "metrics"},
 }
 # These run where no accelerator is wanted: in data workers and scripts.
 WITHOUT_JAX = ("corpus", "data", "display", "ngram", "overrides", "plots", "tokenizer")
-WITHOUT_JAX += ("hf_folder", "hf_tokenizer", "mixture", "prefetch", "pretrained", "reading")
-WITHOUT_JAX += ("safetensors_file",)
+WITHOUT_JAX += ("chat", "chat_template", "hf_folder", "hf_tokenizer", "messages", "mixture")
+WITHOUT_JAX += ("prefetch", "pretrained", "reading", "safetensors_file", "template_process")
 NEVER = {"pickle", "marshal", "shelve", "torch", "tensorflow", "dill", "cloudpickle"}
 
 LIBRARY = sorted((ROOT / "bdjax").glob("*.py"))

@@ -50,7 +50,7 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     equal_bitwise(again.params, loaded.params)
     assert again.model == loaded.model and again.config.tokenizer == loaded.config.tokenizer
     assert again.config.objective == loaded.config.objective
-    assert again.chat_template == loaded.chat_template == template
+    assert again.config.chat_template.text == loaded.config.chat_template.text == template
     assert not (tmp_path / "back.part").exists()
     # As the base architecture, which transformers knows, it is the same model too.
     base = bdjax.export_model(loaded, tmp_path / "base", dtype="float32")

@@ -12,7 +12,7 @@ from pretrained import BOS, EOS, IDS, MASK, ROWS, pretrained, tokenizer_json, wr
 import bdjax
 from bdjax.cli import main
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
-from bdjax.importing import config_of, kept_chat_template
+from bdjax.importing import config_of
 from bdjax.tokenizer import BYTE_OF
 
 
@@ -46,7 +46,8 @@ def test_a_run_is_the_folder_it_was_imported_from(folder, tmp_path, capsys):
     direct, kept = bdjax.load(folder), bdjax.load(run)
     equal_bitwise(direct.params, kept.params)
     assert direct.params["embed"].dtype == "bfloat16" and kept.model == direct.model
-    assert kept.config == replace(direct.config, tokenizer=kept.config.tokenizer)
+    own = {name: getattr(kept.config, name) for name in ("tokenizer", "chat_template")}
+    assert kept.config == replace(direct.config, **own)
     for tokenizer in (direct.config.tokenizer, kept.config.tokenizer):
         assert (
             tokenizer.encode("the cat").tolist()
@@ -56,11 +57,10 @@ def test_a_run_is_the_folder_it_was_imported_from(folder, tmp_path, capsys):
     assert kept.config.tokenizer.path == str(run / "tokenizer.json")
     assert kept.config.tokenizer.text is None
     template = DEFAULT_TEMPLATE["template"]
-    assert kept.chat_template == direct.chat_template == template
-    for inner in (run / "checkpoints", run / "checkpoints" / "0"):
-        assert kept_chat_template(inner) == template
-    # A template beside a run is another model's.
-    assert kept_chat_template(run / "elsewhere") is None
+    inner = bdjax.load(run / "checkpoints" / "0")
+    for loaded in (direct, kept, inner):
+        assert loaded.config.chat_template.text == template
+    assert inner.config.chat_template.path == str(run / "chat_template.jinja")
     wide = bdjax.load(run, dtype="float32")
     assert wide.params["embed"].dtype == "float32" and wide.model.decoder.dtype == "float32"
     equal_bitwise(wide.params, bdjax.load(folder, dtype="float32").params)

@@ -355,7 +355,7 @@ def compile_sampler(config, topology: str, rows: int, slots: int) -> jax.stages.
             where = NamedSharding(mesh, spec("batch", *["length"] * (len(dims) - 1)))
             return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
 
-        params = abstract_arguments(config, mesh)[3].params
+        params = abstract_arguments(config, mesh)[3].averaged
         integers = [shape(jnp.int32, rows)] * 4
         request = Request(shape(jnp.int32, rows, slots), shape(bool, rows, slots), *integers)
         whole = NamedSharding(mesh, PartitionSpec())

@@ -139,7 +139,7 @@ def end_state(config: TrainConfig, run: Path):
     """Step, data state and the bytes of all arrays of the newest checkpoint."""
     with jax.set_mesh(config.mesh.build()), Checkpoints(run) as kept:
         model = config.build_model()
-        optimiser = make_optimiser(config.optim, model.table(), config.steps)
+        optimiser = make_optimiser(config.optim, model.trained_table(), config.steps)
         step, state, data = kept.restore(initial_state(config.seed, model, optimiser))
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return step, data, {jax.tree_util.keystr(k): np.asarray(v).tobytes() for k, v in leaves}

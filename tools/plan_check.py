@@ -39,7 +39,7 @@ def main() -> None:
     print(plan)
     with jax.set_mesh(config.mesh.build()):
         model = config.build_model()
-        optimiser = make_optimiser(config.optim, model.table(), config.steps)
+        optimiser = make_optimiser(config.optim, model.trained_table(), config.steps)
         state = initial_state(config.seed, model, optimiser)
         batch, root = to_device(random_rows(config)), jax.random.key(config.seed)
         for _ in range(3):

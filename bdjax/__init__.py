@@ -1,6 +1,7 @@
 """bdjax: block-diffusion language models in JAX; one mask predicate, one step."""
 
 from bdjax.asking import answer, converse, read_questions
+from bdjax.base import start_config
 from bdjax.chat_template import ChatTemplate
 from bdjax.checkpoint import CheckpointError
 from bdjax.config import (
@@ -8,6 +9,7 @@ from bdjax.config import (
     MeshConfig,
     TrainConfig,
 )
+from bdjax.converting import convert_model
 from bdjax.distributed import PeerError, start_processes
 from bdjax.exporting import export_model
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load, merge, save
@@ -98,6 +100,7 @@ __all__ = [
     "answer",
     "apply_overrides",
     "converse",
+    "convert_model",
     "evaluate",
     "export_model",
     "generate",
@@ -108,6 +111,7 @@ __all__ = [
     "merge",
     "read_questions",
     "save",
+    "start_config",
     "start_processes",
     "to_text",
     "train",

@@ -25,6 +25,13 @@ Compile the train step for chips that are not here; say what it needs and whethe
 example:
   bdjax plan configs/pod_1b.py --topology v5e-256
 """
+_CONVERT = """\
+Make an autoregressive model the starting point of a block-diffusion one.
+
+example:
+  bdjax convert Qwen3-0.6B --run runs/start
+  bdjax train configs/convert_default.py --start runs/start
+"""
 _SAMPLE = """\
 Write text with a trained model, or with one of the Hugging Face hub.
 
@@ -86,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", default=[], help="dotted overrides, as in model.num_layers=4"
     )
+    train.add_argument("--start", metavar="RUN", help="a run whose parameters this one begins with")
     train.add_argument("--run", help="folder of the run (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from its newest checkpoint")
     train.add_argument(
@@ -104,12 +112,20 @@ def parser() -> argparse.ArgumentParser:
     plan = command("plan", _PLAN)
     plan.add_argument("config", help="Python file with get_config()")
     plan.add_argument("overrides", nargs="*", default=[], help="as for train")
+    plan.add_argument("--start", metavar="RUN", help="as for train; its parameters are not read")
     plan.add_argument(
         "--topology",
         default="here",
         help="TPU slice as in v5e-16, v5p-8, v6e-256, 7x-16 or v5p:2x2x4 (default: here)",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object")
+
+    convert = command("convert", _CONVERT)
+    convert.add_argument("model", help="folder of the Hugging Face hub, or a .gguf file")
+    convert.add_argument("--run", required=True, help="folder of the new run")
+    convert.add_argument("--mask-id", type=int, help="default: an id that stands for nothing yet")
+    convert.add_argument("--block-size", type=int, default=8, help="to sample with at first (8)")
+    convert.add_argument("--seed", type=int, default=0, help="of the noise on the mask's row (0)")
 
     sample = command("sample", _SAMPLE)
     sample.add_argument("run", help=_MODEL)

@@ -105,6 +105,14 @@ def keep_base(directory: Path, config: TrainConfig, params: Any) -> None:
         kept.save(step, {"params": params}, to_json(without_lora(config)))
 
 
+def start_config(place: str | Path) -> TrainConfig:
+    """The config of the run at `place`, for a `get_config(start)` to build on.
+
+    Raises CheckpointError where there is no such run.
+    """
+    return config_from_json(read_config(place), place)
+
+
 def start_params(config: TrainConfig) -> Any:
     """The parameters of the run that `config.start_from` names, merged, on the mesh in force.
 
@@ -113,7 +121,7 @@ def start_params(config: TrainConfig) -> Any:
     """
     place = config.start_from
     assert place is not None
-    theirs = config_from_json(read_config(place), place)
+    theirs = start_config(place)
     ours = without_lora(config)
     if _shapes(ours) != _shapes(without_lora(theirs)):
         raise ValueError(

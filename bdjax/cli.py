@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -44,7 +44,11 @@ def _policy(args, size: int) -> bdjax.Policy:
 
 
 def _config(args) -> bdjax.TrainConfig:
-    config = bdjax.apply_overrides(bdjax.load_config(args.config), args.overrides)
+    start = None if args.start is None else bdjax.start_config(args.start)
+    config = bdjax.load_config(args.config, start)
+    if start is not None and isinstance(config, bdjax.TrainConfig):
+        config = replace(config, start_from=args.start)
+    config = bdjax.apply_overrides(config, args.overrides)
     if not isinstance(config, bdjax.TrainConfig):
         raise ValueError(
             f"{args.config}: get_config() returned a {type(config).__name__}; expected a "
@@ -115,6 +119,23 @@ def _import(args) -> int:
     print(
         f"{args.run}: {config.model.num_layers} layers of width {config.model.width}, "
         f"{config.tokenizer.vocab_size} ids, blocks of {size}, mask {config.tokenizer.mask_id}"
+    )
+    return 0
+
+
+def _convert(args) -> int:
+    with Reading() as reading:
+        config = bdjax.convert_model(
+            args.model,
+            args.run,
+            mask_id=args.mask_id,
+            block_size=args.block_size,
+            seed=args.seed,
+            progress=reading.update,
+        )
+    print(
+        f"{args.run}: mask {config.tokenizer.mask_id} of {config.vocab_size} rows; type bdjax "
+        f"train configs/convert_default.py --start {args.run}"
     )
     return 0
 
@@ -302,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sample": _sample,
         "evaluate": _evaluate,
         "import": _import,
+        "convert": _convert,
         "export": _export,
         "tokenizer": _tokenizer,
     }[args.command]

@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,10 @@ def _example(member) -> str:
     return plain.get(member, names[0] if names else "")
 
 
-def load_config(path: str | Path) -> Any:
+def load_config(path: str | Path, start: Any = None) -> Any:
     """What `get_config()` of a Python file returns: the user's own code, which is executed.
+
+    start: the config of the run to start from, for a `get_config(start)` that builds on it.
 
     Raises ValueError with one sentence: no such file (with the ones beside it), no `get_config`,
     an error inside (with file and line), or something returned that is no dataclass.
@@ -234,7 +236,7 @@ def load_config(path: str | Path) -> Any:
             raise ValueError(
                 f"{path} has no get_config(); write `def get_config():` that returns the config"
             )
-        config = module.get_config()
+        config = module.get_config(*_wanted(path, module.get_config, start))
     except Exception as error:
         own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else None
@@ -246,6 +248,17 @@ def load_config(path: str | Path) -> Any:
             f"get_config() of {path} returned {type(config).__name__}; expected a config dataclass"
         )
     return config
+
+
+def _wanted(path: Path, get_config: Callable, start: Any) -> tuple:
+    """The arguments of `get_config`: the start, where it takes one."""
+    if not inspect.signature(get_config).parameters:
+        return ()
+    if start is None:
+        raise ValueError(
+            f"get_config(start) of {path} builds on a run; type --start with its folder"
+        )
+    return (start,)
 
 
 def _beside(path: Path) -> str:

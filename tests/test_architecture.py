@@ -31,7 +31,7 @@ LAYERS = (
     ("config", "likelihood", "presets", "sampler", "train_step"),
     ("base", "importing", "plan", "speed"),
     ("generation",),
-    ("asking", "exporting", "trainer"),
+    ("asking", "converting", "exporting", "trainer"),
     ("__init__",),
     ("arguments",),
     ("cli",),

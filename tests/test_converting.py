@@ -1,0 +1,115 @@
+"""An AR model made the start of a block-diffusion one: what it was, and a mask token."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from pretrained import IDS, ROWS, pretrained, tokenizer_json, write_folder
+
+import bdjax
+from bdjax.cli import main
+from bdjax.corpus import Document
+from pallas_kernels import CleanMode
+
+HELD_OUT = [Document("held out", b"the dog sat on the mat; the cat did not. " * 3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    return tokenizer_json(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def model(request, tokenizer, tmp_path_factory):
+    """A tied and an untied one, with rows that the tokenizer does not name."""
+    path = tmp_path_factory.mktemp("model") / request.param
+    return write_folder(path, pretrained(request.param), tokenizer)
+
+
+def as_ar(loaded: bdjax.LanguageModel) -> bdjax.LanguageModel:
+    """The same weights, asked as an AR model: no tail is filled up to a block."""
+    objective = bdjax.presets.ar(mask_id=loaded.config.tokenizer.mask_id).objective
+    return replace(loaded, config=replace(loaded.config, objective=objective))
+
+
+@pytest.fixture(scope="module")
+def start(model, tmp_path_factory):
+    run = tmp_path_factory.mktemp("start") / "run"
+    assert main(["convert", str(model), "--run", str(run), "--block-size", "4"]) == 0
+    return bdjax.load(run)
+
+
+def test_the_weights_are_those_of_the_model_and_the_mask_has_a_row_of_its_own(model, start):
+    before = bdjax.load(model, dtype="float32")
+    assert start.config.tokenizer.mask_id == IDS and start.config.vocab_size == ROWS
+    assert start.config.model.clean is CleanMode.TOKEN and start.config.objective.views == 1
+    rest = dict(start.params)
+    embed = np.asarray(rest.pop("embed"))
+    old = np.asarray(before.params["embed"])
+    others = np.arange(ROWS) != IDS
+    assert np.array_equal(embed[others], old[:ROWS][others])
+    text = old[:IDS]
+    off = (embed[IDS] - text.mean(axis=0)) / text.std(axis=0)
+    assert 0 < np.abs(off).max() < 0.5
+    for name, value in rest.items():
+        want = before.params[name]
+        want = want[:ROWS] if name == "head" else want
+        assert jax.tree.all(jax.tree.map(np.array_equal, value, want))
+
+
+def test_the_clean_stream_is_the_model_that_it_was(model, start):
+    """But for what the mask's row took of the probability, which no model gives to a mask."""
+    old = bdjax.evaluate(bdjax.load(model, dtype="float32"), HELD_OUT).ar
+    new = bdjax.evaluate(as_ar(start), HELD_OUT).ar
+    assert new.nats_per_token < old.nats_per_token
+    assert new.nats_per_token == pytest.approx(old.nats_per_token, abs=0.1)
+
+
+def test_a_model_without_a_free_row_gets_one(tokenizer, tmp_path):
+    """Then not even that changes: equal to rounding."""
+    folder = write_folder(
+        tmp_path / "full", pretrained("llama", rows=IDS, vocab_size=IDS), tokenizer
+    )
+    config = bdjax.convert_model(folder, tmp_path / "run", block_size=2)
+    assert config.tokenizer.mask_id == IDS and config.vocab_size == ROWS
+    old = bdjax.evaluate(bdjax.load(folder, dtype="float32"), HELD_OUT).ar
+    new = bdjax.evaluate(as_ar(bdjax.load(tmp_path / "run")), HELD_OUT).ar
+    assert new.nats_per_token == pytest.approx(old.nats_per_token, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_default_recipe_trains_from_it(model, tmp_path, capsys):
+    run, converted = tmp_path / "start", tmp_path / "converted"
+    assert main(["convert", str(model), "--run", str(run)]) == 0
+    for name, animal in (("a", "cat"), ("b", "dog")):
+        (tmp_path / f"{name}.txt").write_text(
+            f"the {animal} sat on the mat; the dog did not. " * 99
+        )
+    words = ["train", "configs/convert_default.py", "--start", str(run), "--run", str(converted)]
+    words += ["steps=2", "data.batch_size=2", "data.row_length=32", "data.source=TextFiles"]
+    words += [
+        f"data.source.paths={tmp_path}/*.txt",
+        "data.held_out_fraction=0.5",
+        "evaluation.every=0",
+    ]
+    assert main(words) == 0, capsys.readouterr().err
+    config = bdjax.load(converted).config
+    assert config.start_from == str(run) and config.objective.block_size.sizes == (1, 2, 4, 8)
+
+
+def test_what_cannot_be_converted_says_why(model, start, tmp_path, capsys):
+    for words, said in (
+        (["--mask-id", "5"], f"ids from {IDS} to {ROWS}"),
+        (["--mask-id", str(ROWS + 1)], f"--mask-id {IDS}"),
+        (["--block-size", "0"], "block_size"),
+    ):
+        run = tmp_path / "run"
+        assert main(["convert", str(model), "--run", str(run), *words]) in (1, 2)
+        assert said in capsys.readouterr().err and not run.exists()
+    assert (
+        main(["convert", start.config.tokenizer.path[: -len("/tokenizer.json")], "--run", "x"]) == 2
+    )
+    assert "--start" in capsys.readouterr().err
+    assert main(["train", "configs/convert_default.py"]) == 1
+    assert "--start" in capsys.readouterr().err

@@ -361,7 +361,7 @@ def slow_loop(*case):
 
 
 LOOPS = [
-    (CleanMode.TOKEN, True, Alignment.SAME_POSITION, DENSE, False),
+    slow_loop(CleanMode.TOKEN, True, Alignment.SAME_POSITION, DENSE, False),
     (CleanMode.TOKEN, True, Alignment.SAME_POSITION, DENSE, True),
     slow_loop(CleanMode.TOKEN, False, Alignment.SAME_POSITION, DENSE, False),
     slow_loop(CleanMode.BLOCK, True, Alignment.SAME_POSITION, TILES, False),

@@ -45,7 +45,7 @@ PUBLISHED = {
 }
 RECIPES |= PUBLISHED
 # Their draws have fast tests of their own.
-SLOW = {*PUBLISHED, "sdar", "shifted-noisy"}
+SLOW = {*PUBLISHED, "sdar", "bd3lm", "shifted-noisy"}
 TRAINED = [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in RECIPES]
 GROWING = BlockSize(first=1, last=8, double_every=1)
 

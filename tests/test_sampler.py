@@ -463,10 +463,11 @@ def test_a_uniform_denoiser_is_never_sure():
 )
 def test_any_mesh_writes_the_same(data, tensor):
     """Rows, heads and vocabulary split over devices give the tokens of one device."""
+    # First, so that the weights, which other tests share, are made on one device.
+    wanted = sampled()
     with jax.set_mesh(make_mesh(data=data, tensor=tensor)):
         params = jax.tree.map(lambda p, x: reshard(x, *p.axes), tiny().table(), weights())
         got = finish(sampler(), mixed_rows(), controls(temperature=TEMPERATURE), params)
-    wanted = sampled()
     np.testing.assert_array_equal(got.events, wanted.events)
     np.testing.assert_array_equal(got.record.step, wanted.record.step)
     np.testing.assert_allclose(got.record.logprob_raw, wanted.record.logprob_raw, atol=2e-5)

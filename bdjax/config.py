@@ -278,7 +278,11 @@ class TrainConfig:
             decoder=c,
             embedding=TokenEmbedding(vocab_size=self.vocab_size, width=c.width, dtype=c.dtype),
             readout=TokenReadout(
-                vocab_size=self.vocab_size, width=c.width, tied=c.tied_head, banned=banned
+                vocab_size=self.vocab_size,
+                width=c.width,
+                tied=c.tied_head,
+                bias=c.head_bias,
+                banned=banned,
             ),
         )
 

@@ -23,6 +23,7 @@ from bdjax.generation import LanguageModel, merge
 from bdjax.hf_folder import INDEX, SINGLE
 from bdjax.hf_tokenizer import FILE_NAME
 from bdjax.importing import OWN_KEY
+from bdjax.model import Mlp, Norm
 from bdjax.objective import Alignment
 from bdjax.pretrained import PretrainedError
 from bdjax.sharding import to_host
@@ -172,6 +173,16 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def _family(config: TrainConfig, model_type: str | None) -> Family:
     """The family whose network this is."""
     c = config.model
+    other = {
+        "norm=layer": c.norm is not Norm.RMS,
+        "mlp=gelu": c.mlp is not Mlp.SWIGLU,
+        "head_bias=true": c.head_bias,
+    }
+    if any(other.values()):
+        raise PretrainedError(
+            f"a network with {' and '.join(name for name, has in other.items() if has)} is none "
+            "that transformers has a class for; export a model of the Llama or Qwen families"
+        )
     if model_type is None:
         kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
         model_type = kinds.get((c.qkv_bias, c.qk_norm), "")
@@ -183,6 +194,11 @@ def _family(config: TrainConfig, model_type: str | None) -> Family:
                 "train with one of them for a model to export"
             )
     family = family_of(model_type, "the folder to write")
+    if family.modulated:
+        raise PretrainedError(
+            f"bdjax cannot write {family.model_type} folders; leave --as out, or type it with "
+            "another family"
+        )
     misfits = {
         f"qkv_bias={c.qkv_bias}": c.qkv_bias != family.qkv_bias,
         f"qk_norm={c.qk_norm}": c.qk_norm != family.qk_norm,

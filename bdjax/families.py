@@ -7,6 +7,7 @@ other ids in sister models; a config's own `mask_token_id` goes first.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from bdjax.parameters import Parameter, Role, Table, is_parameter
 from bdjax.pretrained import PretrainedError
@@ -17,6 +18,7 @@ class Decoding(Enum):
 
     TOKENS = "tokens"  # one after the other, each read from the clean token before it
     BLOCKS = "blocks"  # SDAR: blocks, block-causal, same position
+    WRAPPED_BLOCKS = "wrapped_blocks"  # BD3-LM: the same, counted over a row of wrapped text
     SEEDED_BLOCKS = "seeded_blocks"  # Fast-dLLM v2: block-causal, shifted, a seed from the commit
     WHOLE = "whole"  # LLaDA: the text is one block
     WHOLE_SHIFTED = "whole_shifted"  # Dream: one block, each token read from the row before it
@@ -49,6 +51,27 @@ _LLADA_LAYER: Mapping[str, str] = {
     "w_up": "up_proj.weight",
     "w_down": "ff_out.weight",
 }
+# The network that `bdjax.dit` makes of a diffusion transformer; its files have other tensors.
+_DIT_LAYER: Mapping[str, str] = {
+    "attn_norm": "norm1.weight",
+    "attn_norm_bias": "norm1.bias",
+    "wq": "attn_q.weight",
+    "wk": "attn_k.weight",
+    "wv": "attn_v.weight",
+    "wo": "attn_out.weight",
+    "mlp_norm": "norm2.weight",
+    "mlp_norm_bias": "norm2.bias",
+    "w_up": "mlp.0.weight",
+    "b_up": "mlp.0.bias",
+    "w_down": "mlp.2.weight",
+    "b_down": "mlp.2.bias",
+}
+_DIT_KEYS: Mapping[str, str] = {
+    "hidden_size": "hidden_dim",
+    "num_hidden_layers": "n_blocks",
+    "num_attention_heads": "n_heads",
+    "max_position_embeddings": "model_length",
+}
 # Where LLaDA's config says the same by another name.
 _LLADA_KEYS: Mapping[str, str] = {
     "hidden_size": "d_model",
@@ -67,6 +90,9 @@ class Family:
     """One kind of model. `layer` are the names after `layers.format(number)`; `embed`, `final_norm`
     and `head` whole names. keys: config.json's own names of keys. head_dim: a class default where
     config.json has none (None: width / heads). tied, rope_theta: class defaults of the same kind.
+    block_size: as well, None where config.json must have it. modulated: a diffusion transformer,
+    whose noise level `bdjax.dit` folds into the weights. tokenizer: the model whose tokenizer it
+    has, where it comes without. leads: prompts begin with BOS, whatever the tokenizer's file says.
     """
 
     model_type: str
@@ -77,8 +103,11 @@ class Family:
     skips_rope: bool = False
     mask_id: int | None = None
     block_key: str = "block_size"
-    block_size: int = 1
+    block_size: int | None = 1
     head_dim: int | None = None
+    modulated: bool = False
+    tokenizer: str | None = None
+    leads: bool = False
     tied: bool = False
     rope_theta: float | None = None
     layers: str = "model.layers.{}."
@@ -91,12 +120,26 @@ class Family:
     def file_names(self, table: Table) -> dict[str, tuple[str, Parameter]]:
         """Our name of every parameter, "layers/wq", to its file name (with {} for the layer)."""
         whole = {"embed": self.embed, "final_norm": self.final_norm, "head": self.head}
+        for name in ("final_norm", "head"):
+            whole[f"{name}_bias"] = whole[name].removesuffix("weight") + "bias"
         names = {name: (whole[name], node) for name, node in table.items() if is_parameter(node)}
         for name, node in table["layers"].items():
             names[f"layers/{name}"] = (self.layers + self.layer[name], node)
         return names
 
 
+_DIT: Mapping[str, Any] = {
+    "modulated": True,
+    "tokenizer": "gpt2",
+    "mask_id": 50_257,
+    "rope_theta": 1e4,
+    "layers": "blocks.{}.",
+    "layer": _DIT_LAYER,
+    "embed": "vocab_embed.embedding",
+    "final_norm": "output_layer.norm_final.weight",
+    "head": "output_layer.linear.weight",
+    "keys": _DIT_KEYS,
+}
 FAMILIES = (
     Family(model_type="llama", architecture="LlamaForCausalLM"),
     Family(
@@ -147,6 +190,15 @@ FAMILIES = (
         head="model.transformer.ff_out.weight",
         keys=_LLADA_KEYS,
     ),
+    Family(
+        model_type="bd3lm",
+        architecture="BD3LM",
+        decoding=Decoding.WRAPPED_BLOCKS,
+        block_size=None,
+        leads=True,
+        **_DIT,
+    ),
+    Family(model_type="mdlm", architecture="MDLM", decoding=Decoding.WHOLE, **_DIT),
 )
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from bdjax.families import Decoding, Family
-from bdjax.model import DecoderConfig, Llama3Scaling
+from bdjax.model import DecoderConfig, Llama3Scaling, Mlp, Norm
 from bdjax.pretrained import Pretrained, PretrainedError
 from pallas_kernels import CleanMode
 
@@ -69,6 +69,24 @@ init_cutoff_factor init_device init_fn init_std precision hidden_dropout
 return_dict output_attentions output_hidden_states chunk_size_feed_forward id2label label2id
 problem_type use_bfloat16 task_specific_params transformers.js_config is_llama_config is_decoder
 """
+# The same for diffusion transformers, whose config has few keys and none in common with a Llama's.
+_DIT_NEUTRAL: Mapping[str, tuple] = {
+    "time_conditioning": _OFF,
+    "adaln": (None, True),
+    "causal": _OFF,
+    "parameterization": (None, "subs"),
+    "scale_by_sigma": _OFF,
+    "tie_word_embeddings": _OFF,
+    "quantization_config": (None,),
+    "is_encoder_decoder": _OFF,
+    "add_cross_attention": _OFF,
+}
+_DIT_KNOWN = """
+architectures model_type torch_dtype dtype transformers_version auto_map bos_token_id eos_token_id
+pad_token_id mask_token_id vocab_size hidden_dim cond_dim n_blocks n_heads model_length block_size
+cross_attn attn_backend dropout var_min sampling_eps_min sampling_eps_max return_dict
+output_attentions output_hidden_states _name_or_path block_diffusion
+"""
 # A length beyond this is no model's; what is derived from it would be built before it is refused.
 _LARGEST = 2**31
 
@@ -120,9 +138,11 @@ class ConfigReader:
 
     def check(self) -> None:
         """Refuses keys that would change a number; warns of those that nobody here has heard of."""
-        for key, allowed in _NEUTRAL.items():
-            if key in self._found and self._found[key] not in allowed:
-                raise self.fail(key, f"{' or '.join(map(json.dumps, allowed))} there")
+        if self._family.modulated:
+            self._check_neutral(_DIT_NEUTRAL)
+            self._warn({*_DIT_KNOWN.split(), *_DIT_NEUTRAL})
+            return
+        self._check_neutral(_NEUTRAL)
         for key in _QK_NORM:
             if self._found.get(key) not in (None, self._family.qk_norm):
                 raise self.fail(key, f"{str(self._family.qk_norm).lower()} there")
@@ -137,13 +157,21 @@ class ConfigReader:
             not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
         ):
             raise self.fail("layer_types", "full_attention in every layer")
-        unknown = sorted(self._found.keys() - {*_KNOWN.split(), *_NEUTRAL, *_QK_NORM})
+        self._warn({*_KNOWN.split(), *_NEUTRAL, *_QK_NORM})
+
+    def _check_neutral(self, neutral: Mapping[str, tuple]) -> None:
+        for key, allowed in neutral.items():
+            if key in self._found and self._found[key] not in allowed:
+                raise self.fail(key, f"{' or '.join(map(json.dumps, allowed))} there")
+
+    def _warn(self, known: Set[str]) -> None:
+        unknown = sorted(self._found.keys() - known)
         if unknown:
             names = ", ".join(unknown)[:300]
             warnings.warn(
                 f"config.json of {self._where} has keys that bdjax does not know and passes over: "
                 f"{names}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -160,6 +188,8 @@ def decoder_config(
     layers = read.integer("num_hidden_layers")
     if layers > len(pretrained.tensors.shapes):
         raise read.fail("num_hidden_layers", "no more layers than tensors")
+    if family.modulated:
+        return _dit_config(read, family, width, heads, layers, dtype)
     theta, scaling = _rope(read, family)
     blocks = family.decoding is not Decoding.TOKENS
     try:
@@ -186,11 +216,44 @@ def decoder_config(
         raise PretrainedError(f"config.json of {pretrained.where} has {error}") from error
 
 
+def _dit_config(
+    read: ConfigReader, family: Family, width: int, heads: int, layers: int, dtype: str | None
+) -> DecoderConfig:
+    """A diffusion transformer's, with what its config leaves to the class that reads it.
+
+    float32 unless asked: folded weights are no bfloat16 numbers, whatever those of the files are.
+    """
+    if width % heads or width // heads % 2:
+        raise read.fail("num_attention_heads", f"heads of an even width out of {width}")
+    if not read.flag("cross_attn", True) and read.integer("block_size") < read.integer(
+        "max_position_embeddings"
+    ):
+        raise read.fail(
+            "cross_attn",
+            "true there, or with block_size=model_length: all tokens see each other without it",
+        )
+    return DecoderConfig(
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=4 * width,
+        clean=CleanMode.BLOCK,
+        rope_theta=family.rope_theta,
+        norm_eps=1e-5,
+        norm=Norm.LAYER,
+        mlp=Mlp.GELU,
+        head_bias=True,
+        dtype=dtype or "float32",
+    )
+
+
 def rows_of(pretrained: Pretrained, family: Family) -> int:
     """Rows of the embedding."""
     read = ConfigReader(pretrained, family)
     size = read.integer("vocab_size")
-    # LLaDA's table may be padded beyond its vocabulary.
+    # LLaDA's table may be padded beyond its vocabulary; it alone has the key.
     return read.integer("embedding_size", size) if family.keys else size
 
 

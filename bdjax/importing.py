@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from bdjax import presets, weights
+from bdjax import dit, presets, weights
 from bdjax.chat_template import TEMPLATE_NAME, ChatTemplate
 from bdjax.checkpoint import Checkpoints
 from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
@@ -37,6 +37,8 @@ _ROW = 2048
 # The share of an embedding's rows that a tokenizer must name at least. Tables are padded to
 # multiples of 64 to 512 rows; another model's tokenizer misses by far more.
 _NAMED = 0.9
+# What these read is one wrapped text, whatever documents it is made of.
+_ALONG_ROWS = (Decoding.WHOLE, Decoding.WHOLE_SHIFTED, Decoding.WRAPPED_BLOCKS)
 # Key of config.json in which an export says what transformers has no word for.
 OWN_KEY = "block_diffusion"
 
@@ -99,7 +101,7 @@ def config_of(
     row -= row % max(facts.block_size, 1) if facts.block_size else 0
     decoder = replace(decoder_config(pretrained, family, dtype), clean=facts.clean)
     try:
-        tokenizer = _tokenizer(pretrained, rows, facts.mask_id)
+        tokenizer = _tokenizer(pretrained, family, rows, facts.mask_id)
         recipe = _recipe(facts, tokenizer.mask_id, row)
         return TrainConfig(
             name=Path(pretrained.where).name or "imported",
@@ -109,7 +111,7 @@ def config_of(
             data=DataConfig(
                 row_length=row,
                 batch_size=mesh.data * mesh.fsdp,
-                aligned=facts.decoding not in (Decoding.WHOLE, Decoding.WHOLE_SHIFTED),
+                aligned=facts.decoding not in _ALONG_ROWS,
                 tail=Tail.SHORT if facts.decoding is Decoding.SEEDED_BLOCKS else Tail.FILL,
             ),
             mesh=mesh,
@@ -138,8 +140,10 @@ def parameters_of(
     Raises PretrainedError naming all missing, unused and wrong tensors together.
     """
     family = family_of(pretrained.config.get("model_type"), pretrained.where)
-    table = config.build_model().table()
-    wanted = weights.stored(family, table, rows_of(pretrained, family))
+    table, rows = config.build_model().table(), rows_of(pretrained, family)
+    if family.modulated:
+        pretrained = dit.folded(pretrained, family, config.model, rows)
+    wanted = weights.stored(family, table, rows)
     weights.check_tensors(pretrained, family, wanted)
     return weights.load_parameters(pretrained, wanted, dtype, progress)
 
@@ -182,12 +186,17 @@ def _facts(pretrained: Pretrained, family: Family) -> _Facts:
     """By family, unless an export of ours says otherwise."""
     config = pretrained.config
     read = ConfigReader(pretrained, family)
-    whole = family.decoding in (Decoding.WHOLE, Decoding.WHOLE_SHIFTED)
     decoding, mask_id = family.decoding, family.mask_id
     if mask_id is not None and config.get("mask_token_id") is not None:
         mask_id = config["mask_token_id"]
-    blocks = decoding in (Decoding.BLOCKS, Decoding.SEEDED_BLOCKS)
-    size = 0 if whole else read.integer(family.block_key, family.block_size) if blocks else 1
+    elif family.modulated and rows_of(pretrained, family) != mask_id + 1:
+        # The mask is the id after a tokenizer's own, or a token of it that has that name.
+        raise read.fail("mask_token_id", f"the number of the mask there unless it is {mask_id}")
+    size = 1 if decoding is Decoding.TOKENS else 0
+    if decoding not in (Decoding.TOKENS, Decoding.WHOLE, Decoding.WHOLE_SHIFTED):
+        size = read.integer(family.block_key, family.block_size)
+    if decoding is Decoding.WRAPPED_BLOCKS and size == read.integer("max_position_embeddings"):
+        decoding, size = Decoding.WHOLE, 0
     alignment = {
         Decoding.TOKENS: Alignment.SHIFTED_CLEAN,
         Decoding.SEEDED_BLOCKS: Alignment.SHIFTED_NOISY,
@@ -220,6 +229,8 @@ def _recipe(facts: _Facts, mask_id: int, row: int) -> Recipe:
         recipe = presets.mdlm(mask_id=mask_id, row_length=row)
     elif facts.decoding is Decoding.SEEDED_BLOCKS:
         recipe = presets.fast_dllm_v2(mask_id=mask_id, block_size=facts.block_size)
+    elif facts.decoding is Decoding.WRAPPED_BLOCKS:
+        recipe = presets.bd3lm(mask_id=mask_id, block_size=facts.block_size)
     elif facts.decoding is Decoding.BLOCKS:
         recipe = presets.sdar(mask_id=mask_id, block_size=facts.block_size)
     else:
@@ -235,12 +246,15 @@ def _template(pretrained: Pretrained) -> ChatTemplate | None:
     return ChatTemplate(path=str(path), source=pretrained.chat_template)
 
 
-def _tokenizer(pretrained: Pretrained, rows: int, mask_id: int | None) -> HuggingFaceTokenizer:
+def _tokenizer(
+    pretrained: Pretrained, family: Family, rows: int, mask_id: int | None
+) -> HuggingFaceTokenizer:
     where = pretrained.where
     if pretrained.tokenizer_json is None:
+        source = family.tokenizer or where
         raise PretrainedError(
             f"{where} has no tokenizer.json; write it with transformers: "
-            f"AutoTokenizer.from_pretrained({where!r}).save_pretrained({where!r})"
+            f"AutoTokenizer.from_pretrained({source!r}).save_pretrained({where!r})"
         )
     ends = _ids(pretrained, "eos", rows)
     if not ends:
@@ -271,7 +285,7 @@ def _tokenizer(pretrained: Pretrained, rows: int, mask_id: int | None) -> Huggin
             f"{where} has a tokenizer.json of {named} ids and an embedding of {rows} rows; use the "
             "tokenizer.json that belongs to the model"
         )
-    return replace(found, leads=found.adds_bos())
+    return replace(found, leads=family.leads or found.adds_bos())
 
 
 def _tokenizer_path(pretrained: Pretrained) -> str:

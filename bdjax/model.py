@@ -1,7 +1,7 @@
-"""A dense decoder by configuration: Llama, Qwen2/2.5 and Qwen3, as a thin Linen shell.
+"""A dense decoder by configuration: Llama, Qwen2/2.5, Qwen3 and DiT, as a thin Linen shell.
 
-Pre-norm residual layers of grouped-query attention with RoPE and a SwiGLU MLP. Float32 masters,
-computed in `dtype`; norms, RoPE and softmax in float32. Parameters are the plain dict of `table`.
+Pre-norm residual layers of grouped-query attention with RoPE and an MLP. Float32 masters, computed
+in `dtype`; norms, RoPE and softmax in float32. Parameters are the plain dict of `table`.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,20 @@ class Remat(Enum):
     FULL = "full"  # the layer's input only
 
 
+class Norm(Enum):
+    """What is done before attention, MLP and readout."""
+
+    RMS = "rms"  # division by the root mean square, and a weight
+    LAYER = "layer"  # the mean taken away first, a weight and a bias
+
+
+class Mlp(Enum):
+    """What a layer does to each token by itself."""
+
+    SWIGLU = "swiglu"  # down(silu(gate x) * up x), no biases
+    GELU = "gelu"  # down gelu(up x), in the tanh form, both with biases
+
+
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
     """RoPE frequency scaling of Llama 3.1 (factor 8) and 3.2 (factor 32)."""
@@ -42,14 +56,16 @@ class Llama3Scaling:
 class DecoderConfig:
     """Shape and variant of the decoder. `head_dim` does not depend on `width`.
 
-    Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. `tied_head` reads logits out
-    with the embedding's matrix. `attention` None chooses an implementation by shape. `dropout`
-    zeroes that share of the embedding's, the attention's and the MLP's outputs in training (never
-    of the attention's probabilities, which no kernel holds); it is rounded to 1/256. `rope_layers`
-    says which layers rotate queries and keys (SmolLM3: three of four), None that all do. `unroll`:
-    layers in one iteration of the loop over them. With all of them there is no loop, so that
-    nothing is copied in and out of stacks; the program grows with the depth.
-    `lora`: low-rank pairs beside some matrices are trained, and nothing else.
+    Llama: the defaults. Qwen2/2.5: qkv_bias=True. Qwen3: qk_norm=True. The DiT of BD3-LM and MDLM,
+    its modulation folded into the weights: norm=layer, mlp=gelu, head_bias=True. `tied_head` reads
+    logits out with the embedding's matrix, `head_bias` adds a number per token to them. `attention`
+    None chooses an implementation by shape. `dropout` zeroes that share of the embedding's, the
+    attention's and the MLP's outputs in training (never of the attention's probabilities, which no
+    kernel holds); it is rounded to 1/256. `rope_layers` says which layers rotate queries and keys
+    (SmolLM3: three of four), None that all do. `unroll`: layers in one iteration of the loop over
+    them. With all of them there is no loop, so that nothing is copied in and out of stacks; the
+    program grows with the depth. `lora`: low-rank pairs beside some matrices are trained, and
+    nothing else.
     """
 
     num_layers: int
@@ -65,7 +81,10 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    norm: Norm = Norm.RMS
+    mlp: Mlp = Mlp.SWIGLU
     tied_head: bool = False
+    head_bias: bool = False
     dtype: str = "bfloat16"
     dropout: float = 0.0
     remat: Remat = Remat.FULL
@@ -101,6 +120,11 @@ class DecoderConfig:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; type 'bfloat16' or 'float32'")
+        if self.lora is not None and self.mlp is Mlp.GELU and "w_gate" in self.lora.targets:
+            raise ValueError(
+                "lora.targets has w_gate, which an MLP with mlp=gelu lacks; type "
+                f"lora.targets={','.join(x for x in self.lora.targets if x != 'w_gate')}"
+            )
 
     def layer_table(self) -> Table:
         """The parameters of one layer (without the layers axis)."""
@@ -126,6 +150,10 @@ class DecoderConfig:
             init = jax.nn.initializers.zeros
             return Parameter(shape=(heads, h), axes=(axis, "head_dim"), init=init, role=Role.BIAS)
 
+        def flat_bias(size, axis):
+            init = jax.nn.initializers.zeros
+            return Parameter(shape=(size,), axes=(axis,), init=init, role=Role.BIAS)
+
         table: Table = {
             "attn_norm": norm(d, "embed"),
             "wq": matrix((d, n, h), ("embed_in", "heads", "head_dim"), (0,)),
@@ -133,10 +161,17 @@ class DecoderConfig:
             "wv": matrix((d, k, h), ("embed_in", "kv_heads", "head_dim"), (0,)),
             "wo": matrix((n, h, d), ("heads", "head_dim", "embed_in"), (0, 1)),
             "mlp_norm": norm(d, "embed"),
-            "w_gate": matrix((d, f), ("embed_in", "mlp"), (0,)),
+        }
+        if self.mlp is Mlp.SWIGLU:
+            table["w_gate"] = matrix((d, f), ("embed_in", "mlp"), (0,))
+        table |= {
             "w_up": matrix((d, f), ("embed_in", "mlp"), (0,)),
             "w_down": matrix((f, d), ("mlp", "embed_in"), (0,)),
         }
+        if self.mlp is Mlp.GELU:
+            table |= {"b_up": flat_bias(f, "mlp"), "b_down": flat_bias(d, "embed")}
+        if self.norm is Norm.LAYER:
+            table |= {"attn_norm_bias": _shift(d), "mlp_norm_bias": _shift(d)}
         if self.qkv_bias:
             table |= {"bq": bias(n, "heads"), "bk": bias(k, "kv_heads"), "bv": bias(k, "kv_heads")}
         if self.qk_norm:
@@ -162,7 +197,14 @@ class DecoderConfig:
             shape=(self.width,), axes=("embed",), init=jax.nn.initializers.ones, role=Role.NORM
         )
         layers = {name: stacked(p) for name, p in self.layer_table().items()}
-        return {"layers": layers, "final_norm": final}
+        shift = {"final_norm_bias": _shift(self.width)} if self.norm is Norm.LAYER else {}
+        return {"layers": layers, "final_norm": final} | shift
+
+
+def _shift(width: int) -> Parameter:
+    """The bias of a LayerNorm: float32 and undecayed, like its weight."""
+    init = jax.nn.initializers.zeros
+    return Parameter(shape=(width,), axes=("embed",), init=init, role=Role.NORM)
 
 
 def _fan_in(rank: int, contracted: tuple[int, ...], stacked: bool):
@@ -185,6 +227,16 @@ def rms_norm(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * weight).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*b D"], weight: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*b D"]:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32 (Ba et al. 2016)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight + bias).astype(x.dtype)
 
 
 def rope_angles(config: DecoderConfig, position: Int[Array, "B T"]) -> Float[Array, "B T 1 half"]:
@@ -239,6 +291,13 @@ class Layer(nn.Module):
         axes = ("embed" if axis == "embed_in" else axis for axis in p.axes)
         return reshard(master.astype(self.config.dtype), *axes)
 
+    def norm(self, x, name: str):
+        """The stream as a sublayer reads it."""
+        c = self.config
+        if c.norm is Norm.RMS:
+            return rms_norm(x, self.weight(name), c.norm_eps)
+        return layer_norm(x, self.weight(name), self.weight(f"{name}_bias"), c.norm_eps)
+
     def product(self, equation: str, x: Array, name: str, *out: str) -> Array:
         """x times a matrix, and its low-rank pair if it has one."""
         sharded, lora = spec(*out), self.config.lora
@@ -261,7 +320,7 @@ class Layer(nn.Module):
             return out + self.weight(bias) if c.qkv_bias else out
 
         with jax.named_scope("attention"):
-            h = rms_norm(x, self.weight("attn_norm"), c.norm_eps)
+            h = self.norm(x, "attn_norm")
             q = project(h, "wq", "heads", "bq")
             k = project(h, "wk", "kv_heads", "bk")
             v = project(h, "wv", "kv_heads", "bv")
@@ -278,11 +337,18 @@ class Layer(nn.Module):
             out = self.product("btnh,nhd->btd", mixed, "wo", *embed)
             x = x + dropped(out, keys, c.dropout, 1 + 2 * layer)
         with jax.named_scope("mlp"):
-            h = rms_norm(x, self.weight("mlp_norm"), c.norm_eps)
+            h = self.norm(x, "mlp_norm")
             mlp = ("batch", "length", "mlp")
-            gate = self.product("btd,df->btf", h, "w_gate", *mlp)
-            up = self.product("btd,df->btf", h, "w_up", *mlp)
-            out = self.product("btf,fd->btd", jax.nn.silu(gate) * up, "w_down", *embed)
+            if c.mlp is Mlp.SWIGLU:
+                gate = self.product("btd,df->btf", h, "w_gate", *mlp)
+                up = self.product("btd,df->btf", h, "w_up", *mlp)
+                down = jax.nn.silu(gate) * up
+            else:
+                up = self.product("btd,df->btf", h, "w_up", *mlp)
+                down = jax.nn.gelu(up + self.weight("b_up"), approximate=True)
+            out = self.product("btf,fd->btd", down, "w_down", *embed)
+            if c.mlp is Mlp.GELU:
+                out = out + self.weight("b_down")
             x = x + dropped(out, keys, c.dropout, 2 + 2 * layer)
         return x, KeyValues(k, v)
 
@@ -337,4 +403,7 @@ class Decoder(nn.Module):
             each = each[0], jnp.array(c.rope_layers, jnp.float32)
         x, new = stack(c, name="layers")(x, each, angles, own, read, keys)
         final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
-        return rms_norm(x, final, c.norm_eps), new
+        if c.norm is Norm.RMS:
+            return rms_norm(x, final, c.norm_eps), new
+        shift = self.param("final_norm_bias", jax.nn.initializers.zeros, (c.width,), jnp.float32)
+        return layer_norm(x, final, shift, c.norm_eps), new

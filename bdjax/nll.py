@@ -5,6 +5,8 @@ Backward the vocabulary is the outer loop: a chunk of the head's gradient is wri
 is added to again and again is the rows' gradient, the smaller of the two.
 """
 
+import functools
+import logging
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from pallas_kernels import hopper_head
 ROWS = ("batch", "length")
 HIDDEN = (*ROWS, "embed")
 HEAD = ("vocab", "embed")
+BIAS = ("vocab",)
 BANNED = -1e30
 
 # Chunks of ids end at multiples of this where they are long.
@@ -126,10 +129,10 @@ def _row_slices(chunk: int, index, *arrays):
     return tuple(lax.dynamic_slice_in_dim(x, index * chunk, chunk) for x in arrays)
 
 
-def _statistics(chunks: Chunks, x, head, target, count):
+def _statistics(chunks: Chunks, x, head, bias, target, count):
     """Largest logit, sum exp(logit - largest) and the target's logit, (n,) each."""
     chunk = min(chunks.rows, x.shape[0])
-    number, read = over_ids(chunks, head)
+    number, read = over_ids(chunks, head, bias)
     wide = _wide(x)
 
     def visit(index, results):
@@ -156,34 +159,46 @@ def _statistics(chunks: Chunks, x, head, target, count):
     return lax.fori_loop(0, -(-count // chunk), visit, empty)
 
 
-def _gradients(chunks: Chunks, x, head, target, log_total, scale, count, dtype):
-    """d logits = scale (softmax - onehot): gradients of rows, wide, and head, in `dtype`."""
+def _gradients(chunks: Chunks, x, head, bias, target, log_total, scale, count, dtype):
+    """d logits = scale (softmax - onehot): gradients of rows, wide, of the head in `dtype`, and of
+    the bias, None without one."""
     chunk = min(chunks.rows, x.shape[0])
-    number, read = over_ids(chunks, head)
+    number, read = over_ids(chunks, head, bias)
     wide = _wide(x)
 
     def over_vocabulary(j, grads):
-        d_x, d_head = grads
+        d_x, d_head, d_bias = grads
         start, weight, ids, extra, fresh = read(j)
 
         def visit(index, grads):
-            d_x, d_weight = grads
+            d_x, d_weight, d_extra = grads
             arrays = _row_slices(chunk, index, x, target, log_total, scale, d_x)
             rows, wanted, log_sum, g, d_rows = arrays
             share = jnp.exp(logits_of(rows, weight, extra) - log_sum[:, None])
             hit = (ids == wanted[:, None]) & fresh
-            d_logits = (g[:, None] * (share - hit)).astype(x.dtype)
+            d_wide = g[:, None] * (share - hit)
+            d_logits = d_wide.astype(x.dtype)
+            d_extra = None if bias is None else d_extra + d_wide.sum(axis=0)
             d_rows += jnp.einsum("rv,vd->rd", d_logits, weight, preferred_element_type=wide)
             d_weight += jnp.einsum("rv,rd->vd", d_logits, rows, preferred_element_type=wide)
-            return lax.dynamic_update_slice_in_dim(d_x, d_rows, index * chunk, axis=0), d_weight
+            d_x = lax.dynamic_update_slice_in_dim(d_x, d_rows, index * chunk, axis=0)
+            return d_x, d_weight, d_extra
 
         nothing = jnp.zeros(weight.shape, wide)
-        d_x, d_weight = lax.fori_loop(0, -(-count // chunk), visit, (d_x, nothing))
+        none = None if bias is None else jnp.zeros(weight.shape[:1], wide)
+        grads = lax.fori_loop(0, -(-count // chunk), visit, (d_x, nothing, none))
+        d_x, d_weight, d_extra = grads
         old = lax.dynamic_slice_in_dim(d_head, start, weight.shape[0])
         new = jnp.where(fresh[:, None], d_weight.astype(dtype), old)
-        return d_x, lax.dynamic_update_slice_in_dim(d_head, new, start, axis=0)
+        d_head = lax.dynamic_update_slice_in_dim(d_head, new, start, axis=0)
+        if bias is not None:
+            old = lax.dynamic_slice_in_dim(d_bias, start, weight.shape[0])
+            new = jnp.where(fresh, d_extra, old)
+            d_bias = lax.dynamic_update_slice_in_dim(d_bias, new, start, axis=0)
+        return d_x, d_head, d_bias
 
-    zeros = jnp.zeros(x.shape, wide), jnp.zeros(head.shape, dtype)
+    none = None if bias is None else jnp.zeros(bias.shape, wide)
+    zeros = jnp.zeros(x.shape, wide), jnp.zeros(head.shape, dtype), none
     return lax.fori_loop(0, number, over_vocabulary, zeros)
 
 
@@ -212,35 +227,46 @@ def _fold(queue: Queue, d_x, rows: int, dtype):
     return lax.fori_loop(0, -(-rows // size), chunk, empty)
 
 
-def by_kernel(hidden: Float[Array, "*n D"]) -> bool:
-    """Whether the chip has kernels for a head over these hidden rows."""
+def by_kernel(hidden: Float[Array, "*n D"], bias: Float[Array, "v"] | None = None) -> bool:
+    """Whether the chip has kernels for a head over these hidden rows; if not, the log says why.
+
+    bias: of the logits, where the kernel that is asked for would have to add it.
+    """
     if not is_hopper(device_kind()):
         return False
     try:
         hopper_head.check(hidden.shape[-1], hidden.dtype)
-    except NotImplementedError:
+        if bias is not None:
+            raise NotImplementedError("the logits have a bias, which it does not add")
+    except NotImplementedError as reason:
+        _say(f"head over rows of {hidden.shape[-1]}: the Hopper kernel cannot serve: {reason}")
         return False
     return True
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logging.getLogger("bdjax.nll").info(text)
 
 
 def _banned_here(chunks: Chunks, head):
     return tuple(banned - first_id(head.shape[0]) for banned in chunks.banned)
 
 
-def _queue(chunks: Chunks, hidden, rows, scored) -> Queue:
+def _queue(chunks: Chunks, hidden, bias, rows, scored) -> Queue:
     """Kernels want rows filled up to their tiles, loops to chunks."""
-    chunk = hopper_head.ROWS if by_kernel(hidden) else min(chunks.rows, rows.size)
+    chunk = hopper_head.ROWS if by_kernel(hidden, bias) else min(chunks.rows, rows.size)
     return queue_of(rows, scored, hidden.shape[1], chunk)
 
 
-def _forward(chunks: Chunks, hidden, head, rows, labels, scored):
-    queue = _queue(chunks, hidden, rows, scored)
+def _forward(chunks: Chunks, hidden, head, rows, labels, scored, bias):
+    queue = _queue(chunks, hidden, bias, rows, scored)
     x, target = _gather(queue, hidden), _in_order(queue, labels, -1)
-    if by_kernel(hidden):
+    if by_kernel(hidden, bias):
         here = target - first_id(head.shape[0])
         state = hopper_head.statistics(x, head, here, queue.count, _banned_here(chunks, head))
     else:
-        state = _statistics(chunks, x, head, target, queue.count)
+        state = _statistics(chunks, x, head, bias, target, queue.count)
     top, total, picked = state
     axes = mesh_axes("vocab")
     if axes:
@@ -251,20 +277,22 @@ def _forward(chunks: Chunks, hidden, head, rows, labels, scored):
     return tuple(_in_place(queue, v, rows.shape) for v in (log_total - picked, log_total))
 
 
-def _backward(chunks: Chunks, hidden, head, rows, labels, scored, log_total, d_nll):
+def _backward(chunks: Chunks, hidden, head, rows, labels, scored, bias, log_total, d_nll):
     """Sums over devices come after the loops; the head's is one of float32."""
-    queue = _queue(chunks, hidden, rows, scored)
+    queue = _queue(chunks, hidden, bias, rows, scored)
     x, target = _gather(queue, hidden), _in_order(queue, labels, -1)
     values = [_in_order(queue, v) for v in (log_total, d_nll)]
     dtype = _wide(head) if mesh_axes("batch") else head.dtype
-    if by_kernel(hidden):
+    if by_kernel(hidden, bias):
         here, banned = target - first_id(head.shape[0]), _banned_here(chunks, head)
         grads = hopper_head.gradients(x, head, here, *values, queue.count, banned, dtype=dtype)
+        grads = (*grads, None)
     else:
-        grads = _gradients(chunks, x, head, target, *values, queue.count, dtype)
+        grads = _gradients(chunks, x, head, bias, target, *values, queue.count, dtype)
     d_x, d_head = psum(grads[0], ("vocab",)), psum(grads[1], ("batch",))
     d_hidden = _fold(queue, d_x, hidden.shape[0] * hidden.shape[1], hidden.dtype)
-    return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
+    d_bias = None if bias is None else psum(grads[2], ("batch",)).astype(bias.dtype)
+    return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype), d_bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -275,21 +303,28 @@ def scored_nll(
     rows: Int[Array, "B R"],
     labels: Int[Array, "B R"],
     scored: Bool[Array, "B R"],
+    bias: Float[Array, "V"] | None = None,
 ) -> Float[Array, "B R"]:
-    """-log p(labels[b, r] | hidden[b, rows[b, r]]) in nats, 0 where not `scored`."""
-    return _scored_nll_fwd(chunks, hidden, head, rows, labels, scored)[0]
+    """-log p(labels[b, r] | hidden[b, rows[b, r]]) in nats, 0 where not `scored`.
+
+    bias: added to the logits.
+    """
+    return _scored_nll_fwd(chunks, hidden, head, rows, labels, scored, bias)[0]
 
 
-def _scored_nll_fwd(chunks, hidden, head, rows, labels, scored):
-    run = per_shard(partial(_forward, chunks), (HIDDEN, HEAD, ROWS, ROWS, ROWS), (ROWS, ROWS))
-    nll, log_total = run(hidden, head, rows, labels, scored)
-    return nll, (hidden, head, rows, labels, scored, log_total)
+def _scored_nll_fwd(chunks, hidden, head, rows, labels, scored, bias):
+    specs = (HIDDEN, HEAD, ROWS, ROWS, ROWS, None if bias is None else BIAS)
+    run = per_shard(partial(_forward, chunks), specs, (ROWS, ROWS))
+    nll, log_total = run(hidden, head, rows, labels, scored, bias)
+    return nll, (hidden, head, rows, labels, scored, bias, log_total)
 
 
 def _scored_nll_bwd(chunks, residuals, d_nll):
-    specs = (HIDDEN, HEAD, ROWS, ROWS, ROWS, ROWS, ROWS)
-    run = per_shard(partial(_backward, chunks), specs, (HIDDEN, HEAD))
-    return (*run(*residuals, d_nll), None, None, None)
+    added = None if residuals[5] is None else BIAS
+    specs = (HIDDEN, HEAD, ROWS, ROWS, ROWS, added, ROWS, ROWS)
+    run = per_shard(partial(_backward, chunks), specs, (HIDDEN, HEAD, added))
+    d_hidden, d_head, d_bias = run(*residuals, d_nll)
+    return d_hidden, d_head, None, None, None, d_bias
 
 
 scored_nll.defvjp(_scored_nll_fwd, _scored_nll_bwd)

@@ -38,6 +38,8 @@ class Shaping(NamedTuple):
 class TokenReadout:
     """A linear head over the vocabulary, tied to the embedding or its own (V, D) matrix.
 
+    bias: a number per id is added to the logits, the parameter "head_bias".
+
     `banned` ids get probability zero in training and in sampling: the mask token is never a label
     (SUBS parameterisation, Sahoo et al. 2024). Chunks are in rows and in ids. stats_kernel: draws
     without filters by the Hopper kernel where it serves; off, since it has run in jax's interpreter
@@ -47,6 +49,7 @@ class TokenReadout:
     vocab_size: int
     width: int
     tied: bool = False
+    bias: bool = False
     banned: tuple[int, ...] = ()
     row_chunk: int = 1024
     vocab_chunk: int = 8192
@@ -58,17 +61,30 @@ class TokenReadout:
         return nll.Chunks(self.banned, self.row_chunk, self.vocab_chunk)
 
     def table(self) -> Table:
-        """The head's matrix, nothing if tied."""
-        if self.tied:
-            return {}
-        init = jax.nn.initializers.normal(self.width**-0.5)
-        shape, axes = (self.vocab_size, self.width), ("vocab", "embed_in")
-        head = Parameter(shape=shape, axes=axes, init=init, role=Role.HEAD, contracted=(1,))
-        return {"head": head}
+        """The head's matrix, nothing if tied, and its bias if it has one."""
+        table: Table = {}
+        if not self.tied:
+            init = jax.nn.initializers.normal(self.width**-0.5)
+            shape, axes = (self.vocab_size, self.width), ("vocab", "embed_in")
+            head = Parameter(shape=shape, axes=axes, init=init, role=Role.HEAD, contracted=(1,))
+            table["head"] = head
+        if self.bias:
+            init = jax.nn.initializers.zeros
+            shape, axes = (self.vocab_size,), nll.BIAS
+            bias = Parameter(shape=shape, axes=axes, init=init, role=Role.BIAS)
+            table["head_bias"] = bias
+        return table
 
     def matrix(self, params, dtype) -> Float[Array, "V D"]:
         """The head in the dtype of the hidden rows, gathered over fsdp."""
         return reshard(params["embed" if self.tied else "head"].astype(dtype), *nll.HEAD)
+
+    def added(self, params) -> Float[Array, "V"] | None:
+        """What is added to the logits, in float32 or wider; None for nothing."""
+        if not self.bias:
+            return None
+        own = params["head_bias"]
+        return reshard(own.astype(jnp.promote_types(own.dtype, jnp.float32)), *nll.BIAS)
 
     def nll(
         self,
@@ -83,19 +99,24 @@ class TokenReadout:
         Work follows the number of scored entries: they are sorted to the front on each device and
         loops with traced trip counts visit ceil(count / row_chunk) chunks, forward and backward.
         """
-        return readout_nll(self, hidden, self.matrix(params, hidden.dtype), rows, labels, scored)
+        head, bias = self.matrix(params, hidden.dtype), self.added(params)
+        return readout_nll(self, hidden, head, rows, labels, scored, bias)
 
     def stats(
         self, params, hidden: Float[Array, "N W D"], shaping: Shaping, keys: Key[Array, "N W"]
     ) -> stats.Stats:
         """One token drawn per slot with its statistics; noise is a function of (key, id) alone."""
+        if (own := self.added(params)) is not None:
+            asked = shaping.bias
+            bias = own if asked is None else own + reshard(asked, *nll.BIAS)
+            shaping = shaping._replace(bias=bias)
         return readout_stats(self, hidden, self.matrix(params, hidden.dtype), shaping, keys)
 
 
 @partial(jax.jit, static_argnames="readout")
-def readout_nll(readout, hidden, head, rows, labels, scored):
+def readout_nll(readout, hidden, head, rows, labels, scored, bias):
     """`TokenReadout.nll` as one named call in every program that scores tokens."""
-    return nll.scored_nll(readout.chunks, hidden, head, rows, labels, scored)
+    return nll.scored_nll(readout.chunks, hidden, head, rows, labels, scored, bias)
 
 
 def _by_kernel(x, keys) -> bool:
@@ -161,7 +182,7 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
         slot,
         None if shaping.top_k is None else row,
         None if shaping.top_p is None else row,
-        None if shaping.bias is None else ("vocab",),
+        None if shaping.bias is None else nll.BIAS,
     )
     each = stats.Stats(*[slot] * len(stats.Stats._fields))
     return per_shard(run, (nll.HIDDEN, nll.HEAD, shapes, slot), each)(hidden, head, shaping, keys)

@@ -5,7 +5,7 @@ handed to its device, so that beside the parameters only one of them exists a se
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,24 @@ def check_tensors(pretrained: Pretrained, family: Family, wanted: Sequence[Store
 
     A tied model may bring its head along if it is the embedding, bit by bit.
     """
-    shapes, dtypes = pretrained.tensors.shapes, pretrained.tensors.dtypes
     expected = {file: one.shape for one in wanted for file in one.files}
-    tied = family.head not in expected
-    extra = {name for name in shapes.keys() - expected.keys() if not _DERIVED.search(name)}
-    if tied and family.head in extra:
-        extra.discard(family.head)
+    spare: frozenset[str] = frozenset()
+    if family.head not in expected and family.head in pretrained.tensors.shapes:
+        spare = frozenset((family.head,))
         _check_tied(pretrained, family)
+    check_shapes(pretrained, family, expected, spare)
+
+
+def check_shapes(
+    pretrained: Pretrained,
+    family: Family,
+    expected: Mapping[str, tuple[int, ...]],
+    spare: Set[str] = frozenset(),
+) -> None:
+    """The same for tensors by their names in the files; those in `spare` may be there, unused."""
+    shapes, dtypes = pretrained.tensors.shapes, pretrained.tensors.dtypes
+    unused = shapes.keys() - expected.keys() - spare
+    extra = {name for name in unused if not _DERIVED.search(name)}
     both = sorted(expected.keys() & shapes.keys())
     odd = [name for name in both if shapes[name] != expected[name]]
     foreign = sorted({dtypes[name] for name in both} - {*_READABLE})

@@ -26,7 +26,7 @@ LAYERS = (
     + ("hf_folder", "lora", "muon", "readout", "sources"),
     ("gguf_file", "model", "noise", "optim", "weights"),
     ("family_config", "objective", "step"),
-    ("flops", "levels"),
+    ("dit", "flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
     ("base", "importing", "plan", "speed"),

@@ -4,7 +4,7 @@ Rows hold packed documents with several views; windows hold one block of one vie
 was filled from the clean tokens before it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -44,6 +44,7 @@ from bdjax.layout import (
     window_places,
 )
 from bdjax.loss import losses, token_losses, total
+from bdjax.model import Mlp, Norm
 from bdjax.noise import Absorbing, Corruption, Process
 from bdjax.objective import (
     Alignment,
@@ -265,6 +266,24 @@ def test_windows_over_the_cache_equal_the_training_row(impl, clean, views):
         clean_events = np.asarray(batch().tokens)[None]
         got = cached_path(model, weights(), clean_events, events, windows)
         check_windows(hidden, got, windows, views)
+
+
+def test_windows_equal_the_training_row_in_a_diffusion_transformer():
+    """LayerNorms with biases and a GELU MLP, as BD3-LM's, its blocks seen whole by clean tokens."""
+    model, plan, sizes = tiny(CleanMode.BLOCK), objective(2), SIZES["per document"]
+    decoder = replace(model.decoder, num_kv_heads=4, norm=Norm.LAYER, mlp=Mlp.GELU)
+    model = replace(model, decoder=decoder)
+    # What starts as zeros and ones would leave the biases out of the law.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), model.init(jax.random.key(0))
+    )
+    assert {"attn_norm_bias", "b_up", "b_down"} <= params["layers"].keys()
+    noisy = corrupted(plan, batch(), per_token(sizes), 0)
+    hidden = one_pass(plan, model, params, batch(), per_token(sizes), noisy)
+    windows, events = windows_of(sizes, 2), np.stack([view.events for view in noisy])
+    got = cached_path(model, params, np.asarray(batch().tokens)[None], events, windows)
+    check_windows(hidden, got, windows, 2)
 
 
 class Bound(NamedTuple):

@@ -1,6 +1,7 @@
 """Chunked losses and statistics equal a dense float64 softmax, whatever the chunks and the mesh."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 from scipy import special
 from scipy import stats as scipy_stats
 
-from bdjax import sharding
+from bdjax import nll, sharding
 from bdjax.nll import over_ids, queue_of
 from bdjax.readout import Shaping, TokenReadout
 from bdjax.stats import gumbel
@@ -463,3 +464,56 @@ def test_noise_is_finite_for_every_hash():
     bits = jax.random.key_data(jax.random.fold_in(key, unlucky))[0]
     assert int(bits) >> 8 == (1 << 24) - 1
     assert np.isfinite(np.asarray(gumbel(key[None], jnp.array([unlucky])))).all()
+
+
+# A bias of the logits.
+
+
+def test_a_bias_of_the_logits_counts_in_losses_gradients_and_draws():
+    """Its column of ones: the head of hidden rows that have a one behind."""
+    it = replace(RAGGED, bias=True)
+    wide = PROBLEM._replace(
+        hidden=np.concatenate([PROBLEM.hidden, np.ones_like(PROBLEM.hidden[..., :1])], axis=-1),
+        head=np.concatenate([PROBLEM.head, BIAS[:, None]], axis=-1),
+    )
+    nll, d_hidden, d_head = dense(wide)
+    expected = nll, d_hidden[..., :-1], d_head[:, :-1], d_head[:, -1]
+
+    @jax.jit
+    def found(hidden, head, bias, *entry, d_nll):
+        def loss(h, w, b):
+            return it.nll({"head": w, "head_bias": b}, h, *entry)
+
+        nll, pull = jax.vjp(loss, hidden, head, bias)
+        return nll, *pull(d_nll)
+
+    arrays = PROBLEM.hidden, PROBLEM.head, BIAS, *PROBLEM[2:5]
+    assert_all_close(found(*arrays, d_nll=PROBLEM.d_nll), expected)
+    assert np.abs(expected[3]).max() > 0.1
+    for mesh in ({"data": 8}, {"data": 4, "tensor": 2}):
+        with jax.set_mesh(sharding.make_mesh(**mesh)):
+            axes = [*LAID_OUT[:2], ("vocab",), *LAID_OUT[2:]]
+            *laid, d_nll = on_mesh(axes, *arrays, PROBLEM.d_nll)
+            assert_all_close(found(*laid, d_nll=d_nll), expected)
+
+
+def test_a_bias_of_the_head_is_one_that_a_policy_asks_for():
+    """Bit by bit: the two are added up."""
+    keys = slot_keys(N, W)
+    own = replace(RAGGED, bias=True)
+    for asked in (None, BIAS[::-1].copy()):
+        shaping = Shaping(TEMPERATURE, bias=asked)
+        both = Shaping(TEMPERATURE, bias=BIAS if asked is None else BIAS + asked)
+        params = {"head": HEAD, "head_bias": BIAS}
+        stats = jax.jit(own.stats)(params, HIDDEN, shaping, keys)
+        for one, other in zip(stats, draw(RAGGED, HIDDEN, HEAD, both, keys), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_the_loss_kernel_does_not_serve_a_bias_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(nll, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    hidden = jnp.zeros((4, 256), jnp.bfloat16)
+    with caplog.at_level("INFO", logger="bdjax.nll"):
+        assert nll.by_kernel(hidden)
+        assert not nll.by_kernel(hidden, jnp.zeros(64))
+    assert "the Hopper kernel cannot serve: the logits have a bias" in caplog.text

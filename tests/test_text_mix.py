@@ -191,7 +191,7 @@ def test_pages_lose_what_is_no_prose(mix):
     assert texts(mix / "train/sqlite.jsonl.zst")[0] == f"Head\n\n{prose('s0')}"
     assert not any("again" in text for text in texts(mix / "train/sqlite.jsonl.zst"))
     before = "<nav><ul><li>Home<li>About</ul></nav><svg><text>x</text></svg>"
-    before += '<div class="toc"><div>1. Head</div></div>'
+    before += '<div class="toc"><div>1. Head</div>tail</div>'
     after = "<pre>\n  if (a)\n\n      b();\n</pre><ul><li>one\n  line<li>two</ul>"
     (text,) = text_formats.web_pages({"a.html": page("R&amp;D &lt;&#x2014;", before, after)})
     assert text_mix.clean(text)[0] == (

@@ -17,6 +17,7 @@ from bdjax.cache import Cache, KeyValues
 from bdjax.lora import LoraConfig, low_rank, pair_names, with_pairs
 from bdjax.parameters import Parameter, Role, Table
 from bdjax.sharding import reshard, spec
+from bdjax.unstacking import unstacked
 from pallas_kernels import KEPT, CleanMode, Intervals
 
 
@@ -125,6 +126,11 @@ class DecoderConfig:
                 "lora.targets has w_gate, which an MLP with mlp=gelu lacks; type "
                 f"lora.targets={','.join(x for x in self.lora.targets if x != 'w_gate')}"
             )
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether there is no loop over the layers."""
+        return self.unroll == self.num_layers
 
     def layer_table(self) -> Table:
         """The parameters of one layer (without the layers axis)."""
@@ -384,6 +390,22 @@ class Decoder(nn.Module):
         rows' dropout, None for none of it.
         """
         c = self.config
+        read = None if cache is None else ((cache.k, cache.v), seen)
+        angles = rope_angles(c, position)
+        x = dropped(x, keys, c.dropout, 0)
+        each = jnp.arange(c.num_layers), None
+        if c.rope_layers is not None:
+            each = each[0], jnp.array(c.rope_layers, jnp.float32)
+        layers = self._unrolled if c.unrolled else self._scanned
+        x, new = layers(x, each, angles, own, read, keys)
+        final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
+        if c.norm is Norm.RMS:
+            return rms_norm(x, final, c.norm_eps), new
+        shift = self.param("final_norm_bias", jax.nn.initializers.zeros, (c.width,), jnp.float32)
+        return layer_norm(x, final, shift, c.norm_eps), new
+
+    def _scanned(self, x, each, *constants):
+        c = self.config
         layer = Layer
         if c.remat is not Remat.NONE:
             layer = nn.remat(Layer, prevent_cse=False, policy=_POLICIES[c.remat])
@@ -391,19 +413,30 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * len(constants)),
             length=c.num_layers,
             unroll=c.unroll,
         )
-        read = None if cache is None else ((cache.k, cache.v), seen)
-        angles = rope_angles(c, position)
-        x = dropped(x, keys, c.dropout, 0)
-        each = jnp.arange(c.num_layers), None
-        if c.rope_layers is not None:
-            each = each[0], jnp.array(c.rope_layers, jnp.float32)
-        x, new = stack(c, name="layers")(x, each, angles, own, read, keys)
-        final = self.param("final_norm", jax.nn.initializers.ones, (c.width,), jnp.float32)
-        if c.norm is Norm.RMS:
-            return rms_norm(x, final, c.norm_eps), new
-        shift = self.param("final_norm_bias", jax.nn.initializers.zeros, (c.width,), jnp.float32)
-        return layer_norm(x, final, shift, c.norm_eps), new
+        return stack(c, name="layers")(x, each, *constants)
+
+    def _unrolled(self, x, each, *constants):
+        c, kinds = self.config, self.config.layer_table()
+        own = {
+            name: unstacked(stack, stack.dtype if kinds[name].role is Role.NORM else c.dtype)
+            for name, stack in self.get_variable("params", "layers").items()
+        }
+
+        # One trace serves all layers: their kernels are lowered once.
+        @jax.jit
+        def layer(params, x, each, *constants):
+            with jax.named_scope("layers"):
+                return Layer(c, parent=None).apply({"params": params}, x, each, *constants)
+
+        if c.remat is not Remat.NONE:
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
+        kept = []
+        for n in range(c.num_layers):
+            params = {name: weights[n] for name, weights in own.items()}
+            x, new = layer(params, x, jax.tree.map(lambda v, n=n: v[n], each), *constants)
+            kept.append(new)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)

@@ -41,9 +41,7 @@ class TokenReadout:
     bias: a number per id is added to the logits, the parameter "head_bias".
 
     `banned` ids get probability zero in training and in sampling: the mask token is never a label
-    (SUBS parameterisation, Sahoo et al. 2024). Chunks are in rows and in ids. stats_kernel: draws
-    without filters by the Hopper kernel where it serves; off, since it has run in jax's interpreter
-    only.
+    (SUBS parameterisation, Sahoo et al. 2024). Chunks are in rows and in ids.
     """
 
     vocab_size: int
@@ -53,7 +51,6 @@ class TokenReadout:
     banned: tuple[int, ...] = ()
     row_chunk: int = 1024
     vocab_chunk: int = 8192
-    stats_kernel: bool = False
 
     @property
     def chunks(self) -> nll.Chunks:
@@ -164,7 +161,7 @@ def readout_stats(readout, hidden, head, shaping: Shaping, keys) -> stats.Stats:
             temperature=scale,
             keys=keys.reshape(-1),
         )
-        if readout.stats_kernel and not filtered and _by_kernel(x, keys):
+        if not filtered and _by_kernel(x, keys):
             parts = _parts(readout, x, head, scale, keys.reshape(-1), shaping.bias)
             here = stats.joined(parts, scale, nll.first_id(head.shape[0]))
             drawn = stats.over_devices(vocabulary, here)

@@ -43,14 +43,14 @@ class Model:
         """`params` with the layers' weights in the compute dtype, as the layers cast them.
 
         Cast before the scan over layers, masters are read once a step and gradients are summed up
-        in the dtype that each layer's products round them to anyway. The barrier is for gradients
-        of unrolled layers: they are stacked once, not again in every kernel that reads them.
+        in the dtype that each layer's products round them to anyway. Unrolled layers do the same
+        for themselves (`bdjax.unstacking`).
         """
+        if self.decoder.unrolled:
+            return params
         kinds, dtype = self.decoder.layer_table(), self.decoder.dtype
         layers = {
-            name: x
-            if kinds[name].role is Role.NORM
-            else jax.lax.optimization_barrier(x.astype(dtype))
+            name: x if kinds[name].role is Role.NORM else x.astype(dtype)
             for name, x in params["layers"].items()
         }
         return params | {"layers": layers}

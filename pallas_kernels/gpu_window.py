@@ -45,21 +45,22 @@ _SHARED_BYTES = 232448 - 8192
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSizes:
-    """key_tile: slots a copy. stages: copies of keys, and of values, in flight; None: what fits.
+    """key_tile: slots a copy; None: 128, or 64 where heads of 256 leave no room for two stages.
+    stages: copies of keys, and of values, in flight; None: what fits.
 
     rows: of one warpgroup, 64 or 128; 64 where that is enough or head_dim is 256. warpgroups: that
     compute, at most. blocks: thread blocks that fill the chip once (an H100 has 132
     multiprocessors).
     """
 
-    key_tile: int = 64
+    key_tile: int | None = None
     stages: int | None = None
     rows: int = 64
     warpgroups: int = 2
     blocks: int = 132
 
     def __post_init__(self):
-        if self.key_tile < 64 or self.key_tile % 64:
+        if self.key_tile is not None and (self.key_tile < 64 or self.key_tile % 64):
             raise ValueError(f"key_tile={self.key_tile} must be a multiple of 64; type key_tile=64")
         if not 1 <= self.warpgroups <= len(_REGISTERS):
             raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
@@ -175,13 +176,14 @@ class _Plan(NamedTuple):
         than leave room for two stages.
         """
         own = sizes.rows if rows > 64 * sizes.warpgroups and width <= 128 else 64
+        tile = sizes.key_tile or (128 if width <= 128 else 64)
         for warpgroups in range(min(sizes.warpgroups, -(-rows // own)), 0, -1):
             left = _SHARED_BYTES - warpgroups * own * width * itemsize
-            fit = left // (2 * sizes.key_tile * width * itemsize)
+            fit = left // (2 * tile * width * itemsize)
             if fit >= 2:
-                return cls(warpgroups, own, sizes.key_tile, min(sizes.stages or fit, fit))
+                return cls(warpgroups, own, tile, min(sizes.stages or fit, fit))
         raise NotImplementedError(
-            f"two stages of {sizes.key_tile} keys of {width} exceed shared memory beside {own} "
+            f"two stages of {tile} keys of {width} exceed shared memory beside {own} "
             "rows of queries; use a smaller key_tile"
         )
 
@@ -201,7 +203,7 @@ def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
             plgpu.Barrier(num_arrivals=2, num_barriers=plan.warpgroups),
             (plgpu.Barrier(num_barriers=plan.stages),) * 2,
             (plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),) * 2,
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
+            (plgpu.Barrier(num_arrivals=plan.warpgroups),) * 2,
             collective_axes="warpgroup",
         )
 
@@ -244,7 +246,7 @@ class _Chunk(NamedTuple):
 
 def _kernel(
     plan, group, table, bounds, q, cache_k, cache_v, out, lse,
-    q_own, k_tiles, v_tiles, own_bounds, own_ready, ready, used, zeroed,
+    q_own, k_tiles, v_tiles, own_bounds, own_ready, ready, used, meet,
 ):  # fmt: skip
     """One chunk of one KV head under one tile of rows."""
     at, head = lax.axis_index("chunk"), lax.axis_index("kv_head")
@@ -269,7 +271,7 @@ def _kernel(
         plgpu.barrier_wait(there)
         seen = _Seen(chunk, bounds.at[chunk.row], own_bounds.at[warpgroup], group)
         total, top, sums = _attend(
-            plan, chunk, seen, q_own.at[warpgroup], k_tiles, v_tiles, ready, used, zeroed
+            plan, chunk, seen, q_own.at[warpgroup], k_tiles, v_tiles, ready, used, meet
         )
         none = (sums == 0) | seen.nothing()
         safe = jnp.where(none, 1.0, sums)
@@ -372,9 +374,20 @@ def _silence(plan: _Plan, seen: _Seen, values, begin, zeroed) -> None:
             plgpu.barrier_wait(zeroed)
 
 
-def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready, used, zeroed):
-    """Unnormalised output, running maximum (times log2 e) and sum of weights of a chunk's rows."""
+def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready, used, meet):
+    """Unnormalised output, running maximum (times log2 e) and sum of weights of a chunk's rows.
+
+    Over full tiles two warpgroups take turns: one's products run while the other weighs scores
+    (Shah et al. 2024, FlashAttention-3, section 3.1).
+    """
     width = q.shape[1]
+    zeroed, turn = meet
+    pair, warpgroup = plan.warpgroups == 2, lax.axis_index("warpgroup")
+
+    def take_turns():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
     scale = width**-0.5 * _LOG2E
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
@@ -389,6 +402,8 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
 
         def product(accumulator):
             plgpu.wgmma(accumulator, q, k_tiles.at[stage].transpose((1, 0)))
+            if pair and not masked:
+                take_turns()
             return accumulator[...]
 
         scores = pl.run_scoped(product, plgpu.ACC((plan.rows, plan.key_tile), jnp.float32))
@@ -402,7 +417,12 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
         sums = sums * shrink + weights.sum(axis=1)
         weights = weights.astype(q.dtype)
         if not masked:
+            if pair:
+                total, sums, now, weights = lax.optimization_barrier((total, sums, now, weights))
+                plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(ready[1].at[stage])
+            if pair:
+                plgpu.barrier_wait(turn)
 
         def add(accumulator):
             plgpu.wgmma(accumulator, weights, v_tiles.at[stage])
@@ -419,5 +439,9 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
         constant(EMPTY, (plan.rows,), by_row),
         constant(0, (plan.rows,), by_row),
     )
+    if pair:
+        pl.when(warpgroup == 1)(take_turns)
     carry = lax.fori_loop(0, chunk.full_count, partial(step, masked=False), carry)
+    if pair:
+        pl.when(warpgroup == 0)(take_turns)
     return lax.fori_loop(chunk.full_count, chunk.count, partial(step, masked=True), carry)

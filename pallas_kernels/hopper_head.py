@@ -297,7 +297,7 @@ def gradients(
     banned: tuple[Int[Array, ""] | int, ...] = (),
     *,
     dtype,
-    chunk: int = 2048,
+    chunk: int = 4096,
 ) -> tuple[Float[Array, "n D"], Float[Array, "V D"]]:
     """The gradients of sum(scale * nll) in rows (float32) and in the head (`dtype`).
 

@@ -130,7 +130,6 @@ def test_draws_by_the_kernel_are_those_of_the_loop(with_bias, hopper, monkeypatc
         width=WIDTH,
         banned=(BANNED, 299),
         vocab_chunk=100,
-        stats_kernel=True,
     )
 
     def draw():

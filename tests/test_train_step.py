@@ -29,14 +29,14 @@ CONFIG = OptimConfig(warmup_fraction=0.0, eps=1.0, clip_norm=1e9, ema_decay=0.9)
 ROOT = jax.random.key(11)
 
 
-def run(config: OptimConfig, steps: int = 2, mesh: dict | None = None, batch=BATCH):
+def run(config: OptimConfig, steps: int = 2, mesh: dict | None = None, batch=BATCH, model=MODEL):
     """State and metrics after some steps."""
-    optimiser = make_optimiser(config, MODEL.table(), 10)
+    optimiser = make_optimiser(config, model.table(), 10)
     with jax.set_mesh(make_mesh(**(mesh or {}))):
         own = jax.tree.map(lambda x: reshard(x, "batch", "length"), batch)
-        state = initial_state(0, MODEL, optimiser)
+        state = initial_state(0, model, optimiser)
         for _ in range(steps):
-            state, metrics = train_step(OBJECTIVE, MODEL, optimiser, state, own, ROOT)
+            state, metrics = train_step(OBJECTIVE, model, optimiser, state, own, ROOT)
         return jax.device_get((state, metrics))
 
 
@@ -70,6 +70,14 @@ PIECES = [
 @pytest.mark.parametrize(("pieces", "mesh"), PIECES, ids=str)
 def test_pieces_and_meshes_change_nothing(pieces, mesh, whole):
     assert_same(run(replace(CONFIG, accumulate=pieces), mesh=mesh), whole)
+
+
+@pytest.mark.parametrize("remat", [Remat.FULL, pytest.param(Remat.NONE, marks=SLOW)])
+def test_layers_without_a_loop_change_nothing_on_a_mesh(remat, whole):
+    """Each layer's weights are cut out of the stacks, and its gradients written into them."""
+    decoder = replace(MODEL.decoder, unroll=MODEL.decoder.num_layers, remat=remat)
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert_same(run(CONFIG, mesh=mesh, model=replace(MODEL, decoder=decoder)), whole)
 
 
 @pytest.mark.gpu

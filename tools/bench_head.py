@@ -237,7 +237,6 @@ class Sampling:
             width=self.head.shape[1],
             banned=(self.vocab - 1,),
             vocab_chunk=chunk,
-            stats_kernel=True,
         )
 
         def run(hidden, head, temperature, keys):
@@ -364,24 +363,23 @@ def cases(case: Training, args):
     yield lambda: kernels(2048, (args.rows // 2, 1000))
     yield lambda: pieces(case, 2048)
     yield lambda: results.update(read=reading(case))
-    yield lambda: tiles(64, 144, 96)
+    yield lambda: tiles(64, *hopper_stats.WIDTHS)
     yield lambda: sampling(64, "kernel", True)
+    yield lambda: sampling(64, "XLA", False)
+    yield lambda: kernels(4096)
+    yield lambda: sampling(256, "kernel", True)
+    yield lambda: sampling(256, "XLA", False)
     if args.before:
         yield before
     yield lambda: plain(2048, 8192)
     yield lambda: varied(hopper_product, "CLUSTER", 1)
-    yield lambda: kernels(4096)
-    yield lambda: sampling(64, "XLA", False)
     yield lambda: varied(hopper_product, "_GROUP", 4)
     yield lambda: varied(hopper_product, "_GROUP", 16)
-    yield lambda: sampling(256, "kernel", True)
     yield lambda: sampling(64, "XLA, half the ids at a time", False, chunk=75_968)
     yield lambda: sampling(64, "XLA, top-k", False, top_k=20)
     yield lambda: pieces(case, 4096)
     yield lambda: plain(4096, 4096)
-    yield lambda: tiles(64, 120, 168)
     yield lambda: sampling(64, "XLA, top-k, half the ids", False, chunk=75_968, top_k=20)
-    yield lambda: sampling(256, "XLA", False)
     yield lambda: plain(1024, 8192)
 
 

@@ -28,15 +28,9 @@ from pallas_kernels.gpu_window import WindowSizes, window_attention  # noqa: E40
 LAYERS, KV_HEADS = 3, 8
 # (query heads, queries): one block, and a finished block with the next canvas under more heads.
 SHAPES = ((16, 32), (32, 64))
-SMALL = (
+TUNINGS = (
     WindowSizes(),
-    WindowSizes(key_tile=128),
-)
-LARGE = (
-    WindowSizes(),
-    WindowSizes(key_tile=128),
-    WindowSizes(warpgroups=3),
-    WindowSizes(rows=128),
+    WindowSizes(key_tile=64),
 )
 
 
@@ -147,8 +141,8 @@ def main() -> None:
     slots, width = args.slots, args.head_dim
 
     checked = {}
-    for (heads, queries), tunings in zip(SHAPES, (SMALL, LARGE), strict=True):
-        for sizes in tunings[:1] if args.quick else tunings:
+    for heads, queries in SHAPES:
+        for sizes in TUNINGS[:1] if args.quick else TUNINGS:
             try:
                 checked[heads, sizes] = check(sizes, heads, queries, width)
             except Exception as error:
@@ -165,15 +159,15 @@ def main() -> None:
         iterations = LAYERS * (10 if batch > 1 else 40)
         theirs = [[x[i].swapaxes(1, 2) for i in range(LAYERS)] for x in (k, v)]
         theirs = jax.block_until_ready(jax.jit(lambda x: x)(theirs))
-        for (heads, queries), tunings in zip(SHAPES, (SMALL, LARGE), strict=True):
+        for heads, queries in SHAPES:
             title = f"{batch} rows, {heads} heads, {queries} queries"
             q = normals(0, batch, queries, heads, width)
             seen = bounds([slots] * batch, queries)
-            for sizes in tunings:
+            for sizes in TUNINGS:
                 if (heads, sizes) in checked:
                     run = ours(partial(window_attention, sizes=sizes), iterations)
                     took = partial(seconds, run, q, k, v, seen, iterations=iterations)
-                    name = f"{title}: tile {sizes.key_tile}, stages {sizes.stages}, "
+                    name = f"{title}: tile {sizes.key_tile or 128}, stages {sizes.stages}, "
                     name += f"{sizes.warpgroups} x {sizes.rows}, {sizes.blocks}"
                     note = checked[heads, sizes]
                     attempt(name, lambda took=took, note=note: (took(), note), size, copy)

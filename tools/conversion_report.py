@@ -47,7 +47,8 @@ def tables(results: Path) -> list[str]:
     if measured:
         found += [_bounds(begun, measured), _by_source(begun, measured)]
     if reference is not None:
-        found += [_sweep(reference, decoded), *_samples(reference, decoded)]
+        trained_at = {name: one["block_size"] for name, one in trained.items()}
+        found += [_sweep(reference, decoded, trained_at), *_samples(reference, decoded)]
     return found
 
 
@@ -128,7 +129,13 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _sweep(reference: dict, decoded: dict[str, dict]) -> str:
+def _sweep(reference: dict, decoded: dict[str, dict], trained_at: dict[str, int]) -> str:
+    """Every rule at temperature 1, and the greedy thresholds; each run at its own block size."""
+
+    def shown(name: str, one: dict) -> bool:
+        own = one["block_size"] == trained_at.get(name, one["block_size"])
+        return own and (one["temperature"] == 1.0 or one["rule"] == DRAWN)
+
     def line(name: str, size: str, rule: str, temperature: str, one: dict) -> list[str]:
         return [
             name,
@@ -157,11 +164,12 @@ def _sweep(reference: dict, decoded: dict[str, dict]) -> str:
         )
         for name, found in decoded.items()
         for one in found["settings"]
+        if shown(name, one)
     ]
     head = ["run", "B", "rule", "temperature", "tokens per forward", "bits/byte by the AR model"]
     head += ["distinct pairs", "entropy of tokens, bits", "tokens written"]
     return (
-        f"Continuations of {reference['prompts_count']} held-out texts; the judge is the AR model "
+        f"Continuations of {reference['prompts_count']} held-out texts, judged by the AR model "
         "before:\n\n" + _table(head, lines)
     )
 
@@ -203,7 +211,11 @@ def draw(results: Path, path: Path) -> None:
         if one["curve"]:
             _, tokens, values = zip(*one["curve"], strict=True)
             way.plot([n / 1e6 for n in tokens], values, marker=".", label=name)
-    for name, one in _all(results, "measure").items():
+    measured = _all(results, "measure")
+    # A mask that was never trained: its bound would flatten all others.
+    measured.pop("start", None)
+    ticks = [int(size) for size in _sizes(measured)]
+    for name, one in measured.items():
         sizes = sorted(one["bounds"], key=int)
         values = [one["bounds"][size]["bits_per_byte"] for size in sizes]
         bound.plot([int(size) for size in sizes], values, marker="o", label=name)
@@ -219,6 +231,7 @@ def draw(results: Path, path: Path) -> None:
     way.set_title("Bound on the way, at the largest block", fontsize=10)
     bound.set_xlabel("block size (x: clean stream as AR, after)")
     bound.set_xscale("log", base=2)
+    bound.set_xticks(ticks, [str(size) for size in ticks])
     bound.set_title("Bound after training", fontsize=10)
     for name, found in decoded.items():
         for size in sorted({one["block_size"] for one in found["settings"]}):

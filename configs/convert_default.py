@@ -1,4 +1,4 @@
-"""An autoregressive model becomes a block-diffusion one: our recipe, blocks of 1, 2, 4, then 8.
+"""An autoregressive model becomes a block-diffusion one: our recipe, blocks of 2, 4, then 8.
 
 bdjax convert MODEL --run runs/start
 bdjax train configs/convert_default.py --start runs/start --run runs/converted \\
@@ -6,24 +6,36 @@ bdjax train configs/convert_default.py --start runs/start --run runs/converted \
     data.held_out=JsonLines data.held_out.paths=mix/heldout/*.jsonl.zst
 
 Other blocks: `objective.block_size.last=16`; other lengths: `steps=4000
-objective.block_size.double_every=400`. The clean stream stays token-causal, so that it begins as
-the model it was, and keeps its next-token loss; blocks double while masks are learned (NBDiff,
-arXiv 2512.06776, section 3). The learning rate is meant for models of 0.1 B to 0.5 B parameters:
-the published recipes train 4 B to 8 B at 1e-5 (`optim.peak_lr=1e-5 model.remat=full`). How to do it
-with your own model: docs/conversion.md
+objective.block_size.double_every=400`. The clean stream stays token-causal and keeps its next-token
+loss. Labels are shifted by one, and a block's first is read from the clean stream: with blocks of 1
+that is the model as it was, so blocks start at 2 and double while masks are learned (NBDiff, arXiv
+2512.06776, section 3, starts at 1). Masks are exact counts. The learning rate is meant for models
+of 0.1 B to 0.5 B parameters: the published recipes train 4 B to 8 B at 1e-5 (`optim.peak_lr=1e-5
+model.remat=full`). With your own model: docs/conversion.md
 """
 
 from dataclasses import replace
 
-from bdjax import BlockSize, EvaluationConfig, OptimConfig, Remat, StableDecay, TrainConfig, presets
+from bdjax import (
+    Alignment,
+    BlockSize,
+    EvaluationConfig,
+    OptimConfig,
+    Remat,
+    StableDecay,
+    TrainConfig,
+    presets,
+)
 
 STEPS = 1500
 
 
 def get_config(start: TrainConfig, *, block_size: int = 8, steps: int = STEPS) -> TrainConfig:
     """`steps` steps of 32 rows of at most 1024 tokens; blocks grow in a tenth of them each."""
-    grown = BlockSize(first=1, last=block_size, double_every=max(1, steps // 10))
-    recipe = presets.default(mask_id=start.tokenizer.mask_id, block_size=grown)
+    grown = BlockSize(first=2, last=block_size, double_every=max(1, steps // 10))
+    recipe = presets.default(
+        mask_id=start.tokenizer.mask_id, block_size=grown, alignment=Alignment.SHIFTED_CLEAN
+    )
     return replace(
         start,
         name="convert_default",

@@ -133,8 +133,7 @@ def test_recipes_reach_the_block_size_they_are_asked_for(out, recipe, size):
     found = result(out, "start")
     config = tool.config_of(out, found, recipe, size, 1000, [])
     sizes = [int(config.objective.block_size.at(step)) for step in (0, 999)]
-    grown = recipe in ("default", "nbdiff")
-    assert sizes == [1 if grown else size, size]
+    assert sizes == [{"default": 2, "nbdiff": 1}.get(recipe, size), size]
     assert config.start_from == str(out / "start")
     assert len(config.data.source.paths) == len(config.data.held_out.paths) == len(ANIMALS)
     if recipe == "nbdiff":

@@ -70,6 +70,12 @@ def test_the_clean_stream_is_the_model_that_it_was(model, start):
     assert new.nats_per_token == pytest.approx(old.nats_per_token, abs=0.1)
 
 
+def test_in_blocks_of_one_it_is_that_model(start):
+    """Before training: every token is read from the clean one before it, as the AR model does."""
+    found = bdjax.evaluate(start, HELD_OUT, block_size=1)
+    assert found.diffusion.nats_per_token == pytest.approx(found.ar.nats_per_token, rel=1e-6)
+
+
 def test_a_model_without_a_free_row_gets_one(tokenizer, tmp_path):
     """Then not even that changes: equal to rounding."""
     folder = write_folder(
@@ -96,7 +102,7 @@ def test_every_recipe_trains_from_it(model, recipe, tmp_path, capsys):
     words += [f"data.held_out.paths={tmp_path}/heldout.jsonl", "evaluation.every=0"]
     assert main(words) == 0, capsys.readouterr().err
     config = bdjax.load(converted).config
-    sizes = {"default": (1, 2, 4, 8), "nbdiff": (1, 2, 4, 8, 16, 32), "sdar": (4,)}
+    sizes = {"default": (2, 4, 8), "nbdiff": (1, 2, 4, 8, 16, 32), "sdar": (4,)}
     assert config.start_from == str(run)
     assert config.objective.block_size.sizes == sizes.get(recipe, (32,))
     assert config.documents()[1][0].data.startswith(b"the dog")

@@ -187,7 +187,9 @@ def test_every_step_from_start_to_page(out, tmp_path, recipe, capsys):
     swept = result(out, f"decode-{run}")["settings"]
     assert len(swept) == 2 * len(decoding.settings(4))
     alone = [one for one in swept if one["rule"] == "random"]
-    assert all(one["tokens_per_forward"] <= 1 for one in alone)
+    # Fast-dLLM's first token comes out of the prefill.
+    most = 12 / 11 if recipe == "fast_dllm_v2" else 1
+    assert all(one["tokens_per_forward"] <= most + 1e-9 for one in alone)
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n## Results\n\nfrom before\n\n## After\n\nlast\n")
     for _ in range(2):

@@ -169,7 +169,7 @@ def references(ar: bdjax.LanguageModel, texts: Int[np.ndarray, "N T"], prompt: i
         for temperature in (0.0, 1.0)
     }
     held_out = judge(ar, given, list(truth)) | {"texts": [tokenizer.decode(x) for x in truth[:4]]}
-    return found | {"truth": held_out, "prompts": [tokenizer.decode(x) for x in given[:4]]}
+    return found | {"truth": held_out, "given": [tokenizer.decode(x) for x in given[:4]]}
 
 
 def sweep(

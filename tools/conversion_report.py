@@ -169,8 +169,9 @@ def _sweep(reference: dict, decoded: dict[str, dict], trained_at: dict[str, int]
     head = ["run", "B", "rule", "temperature", "tokens per forward", "bits/byte by the AR model"]
     head += ["distinct pairs", "entropy of tokens, bits", "tokens written"]
     return (
-        f"Continuations of {reference['prompts_count']} held-out texts, judged by the AR model "
-        "before:\n\n" + _table(head, lines)
+        f"Continuations of {reference['asked']['prompts']} held-out texts by "
+        f"{reference['asked']['tokens']} tokens, judged by the AR model before:\n\n"
+        + _table(head, lines)
     )
 
 
@@ -182,7 +183,7 @@ def _samples(reference: dict, decoded: dict[str, dict]) -> list[str]:
         if "texts" in one and one["temperature"] == 1.0
     ]
     found = ["Samples at temperature 1, side by side:"]
-    for number, prompt in enumerate(reference["prompts"]):
+    for number, prompt in enumerate(reference["given"]):
         lines = [["prompt", prompt], ["the text itself", reference["truth"]["texts"][number]]]
         lines.append(["AR", reference["ar-1"]["texts"][number]])
         lines += [[name, one["texts"][number]] for name, one in shown]

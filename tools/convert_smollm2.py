@@ -239,9 +239,14 @@ def decode(args) -> None:
     held_out = _held_out(found, loaded)
     texts = decoding.prompts_of(held_out, args.prompt, args.tokens, args.prompts)
     print(f"{len(texts)} prompts of {args.prompt} tokens with BOS, {args.tokens} tokens to write")
-    if _read(args.out, "decode-start") is None:
-        reference = decoding.references(ar, texts, args.prompt)
-        _write(args.out, "decode-start", reference | {"prompts_count": len(texts)})
+    asked = {"prompt": args.prompt, "tokens": args.tokens, "prompts": len(texts)}
+    reference = _read(args.out, "decode-start")
+    if reference is None:
+        reference = decoding.references(ar, texts, args.prompt) | {"asked": asked}
+        _write(args.out, "decode-start", reference)
+    if reference["asked"] != asked:
+        before = " ".join(f"--{name} {number}" for name, number in reference["asked"].items())
+        raise ValueError(f"{args.out} has the AR model's samples for {before}; type these")
     largest = loaded.config.objective.block_size.largest
     sizes = args.block_sizes or [n for n in BLOCK_SIZES[1:] if n <= largest] or [largest]
     record = {

@@ -160,10 +160,9 @@ def train(args) -> None:
         # The trainer ends the step, saves and returns, as when somebody stops it.
         clock = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
         clock.daemon = True
+        clock.start()
 
     def say(text: str) -> None:
-        if clock is not None and not clock.is_alive():
-            clock.start()
         print(f"[{time.monotonic() - begin:.0f} s] {text}", flush=True)
 
     try:
@@ -287,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", choices=("default", "nbdiff", "sdar", "fast_dllm_v2"))
     made.add_argument("--block-size", type=positive, default=8)
     made.add_argument("--steps", type=positive, default=1500)
-    made.add_argument("--minutes", type=float, help="of training in this command")
+    made.add_argument("--minutes", type=float, help="after which this command saves and ends")
     made.add_argument("--name", help="of the run, default RECIPE-B")
     made.add_argument("--set", nargs="*", default=[], dest="overrides", metavar="key=value")
     made = command(measure)

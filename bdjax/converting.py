@@ -19,6 +19,7 @@ from bdjax.checkpoint import CheckpointError
 from bdjax.config import MeshConfig, TrainConfig
 from bdjax.generation import LanguageModel, load
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
+from bdjax.objective import Alignment
 from bdjax.pretrained import PretrainedError
 from bdjax.seeds import Purpose, key_for
 from bdjax.weights import Progress
@@ -38,10 +39,10 @@ def convert_model(
 ) -> TrainConfig:
     """The AR model at `path` (a model folder, a GGUF file or a run) as step 0 of a new run.
 
-    The run has float32 parameters and our default objective with `block_size`; `bdjax train
-    --start` goes on from it. mask_id: of the mask token, by default the first id that the embedding
-    has and the tokenizer does not name, else a new one behind all others. A run that cannot be
-    finished is taken away again.
+    The run has float32 parameters and our default objective with `block_size` and shifted labels:
+    in blocks of one token it writes as the AR model does. `bdjax train --start` goes on from it.
+    mask_id: of the mask token, by default the first id that the embedding has and the tokenizer
+    does not name, else a new one behind all others. A run that cannot be finished is taken away.
 
     Raises PretrainedError for a model that is no AR model, and for a mask_id that means something;
     CheckpointError where `run` has checkpoints already.
@@ -84,7 +85,9 @@ def with_mask(
         )
     config = replace(
         loaded.config,
-        objective=presets.default(mask_id=mask, block_size=block_size).objective,
+        objective=presets.default(
+            mask_id=mask, block_size=block_size, alignment=Alignment.SHIFTED_CLEAN
+        ).objective,
         tokenizer=replace(tokenizer, mask=mask, size=max(rows, mask + 1)),
     )
     key = key_for(jax.random.key(seed), Purpose.INIT)

@@ -295,7 +295,7 @@ class _Pieces:
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer, packing: PackingConfig):
         # BOS or CUT takes one place of each piece.
         self.room = packing.row_length - 1
-        encoded = [ids for d in documents if (ids := _marked_ids(d, tokenizer, self.room)).size]
+        encoded = [ids for ids in _marked_ids(documents, tokenizer, self.room) if ids.size]
         if not encoded:
             raise ValueError(
                 f"empty corpus: {len(documents)} documents hold 0 tokens; "
@@ -348,23 +348,29 @@ class _Pieces:
         return {"tokens": tokens}
 
 
-def _marked_ids(document: Document, tokenizer: Tokenizer, room: int) -> Int[np.ndarray, "T"]:
-    """A document's ids; those of a chat's prompt as ~id. A chat has to fit `room` with its EOS."""
-    if document.conversation:
-        raise ValueError(
-            f"{document.name} is a conversation that is not encoded yet; take the documents of "
-            "TrainConfig.documents()"
-        )
-    if document.tokens is None:
-        return tokenizer.encode(document.data)
-    prompt, answer = document.tokens
-    # EOS is the answer's own last, or one more.
-    if prompt.size + answer.size > room - (answer[-1:] != tokenizer.eos_id).sum():
-        raise ValueError(
-            f"{document.name} has {prompt.size} + {answer.size} tokens, too many for a row of "
-            f"{room + 1}; type data.row_length={prompt.size + answer.size + 2}, or leave it out"
-        )
-    return np.concatenate([~prompt, answer])
+def _marked_ids(
+    documents: Sequence[Document], tokenizer: Tokenizer, room: int
+) -> Iterator[Int[np.ndarray, "T"]]:
+    """Every document's ids; those of a chat's prompt as ~id. A chat has to fit `room` with EOS."""
+    for document in documents:
+        if document.conversation:
+            raise ValueError(
+                f"{document.name} is a conversation that is not encoded yet; take the documents of "
+                "TrainConfig.documents()"
+            )
+    texts = iter(tokenizer.encode_all([d.data for d in documents if d.tokens is None]))
+    for document in documents:
+        if document.tokens is None:
+            yield next(texts)
+            continue
+        prompt, answer = document.tokens
+        # EOS is the answer's own last, or one more.
+        if prompt.size + answer.size > room - (answer[-1:] != tokenizer.eos_id).sum():
+            raise ValueError(
+                f"{document.name} has {prompt.size} + {answer.size} tokens, too many for a row of "
+                f"{room + 1}; type data.row_length={prompt.size + answer.size + 2}, or leave it out"
+            )
+        yield np.concatenate([~prompt, answer])
 
 
 class _Epochs:

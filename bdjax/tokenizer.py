@@ -61,6 +61,10 @@ class Tokenizer:
         """The int32 ids of a text, or of its UTF-8 bytes, without BOS or EOS."""
         raise NotImplementedError
 
+    def encode_all(self, texts: Sequence[str | bytes]) -> list[Int[np.ndarray, "T"]]:
+        """`encode` of every text."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
         """The text of `ids`, without specials."""
         raise NotImplementedError

@@ -1,34 +1,49 @@
-"""An autoregressive model becomes a block-diffusion one: our recipe, blocks of 1, 2, 4, then 8.
+"""An autoregressive model becomes a block-diffusion one: our recipe, blocks of 2, 4, then 8.
 
 bdjax convert MODEL --run runs/start
 bdjax train configs/convert_default.py --start runs/start --run runs/converted \\
-    data.source=TextFiles data.source.paths=mix/*.txt.zst steps=3000
+    data.source=JsonLines data.source.paths=mix/train/*.jsonl.zst \\
+    data.held_out=JsonLines data.held_out.paths=mix/heldout/*.jsonl.zst
 
-The clean stream stays token-causal, so that it begins as the model it was, and keeps its next-token
-loss; blocks double while masks are learned (NBDiff, arXiv 2512.06776, section 3). No number has
-been measured with it yet.
+Other blocks: `objective.block_size.last=16`; other lengths: `steps=4000
+objective.block_size.double_every=400`. The clean stream stays token-causal and keeps its next-token
+loss. Labels are shifted by one, and a block's first is read from the clean stream: with blocks of 1
+that is the model as it was, so blocks start at 2 and double while masks are learned (NBDiff, arXiv
+2512.06776, section 3, starts at 1). Masks are exact counts. The learning rate is meant for models
+of 0.1 B to 0.5 B parameters: the published recipes train 4 B to 8 B at 1e-5 (`optim.peak_lr=1e-5
+model.remat=full`). With your own model: docs/conversion.md
 """
 
 from dataclasses import replace
 
-from bdjax import BlockSize, OptimConfig, StableDecay, TrainConfig, presets
+from bdjax import (
+    Alignment,
+    BlockSize,
+    EvaluationConfig,
+    OptimConfig,
+    Remat,
+    StableDecay,
+    TrainConfig,
+    presets,
+)
 
-STEPS = 2000
+STEPS = 1500
 
 
-def get_config(start: TrainConfig) -> TrainConfig:
-    """Two thousand steps of 16 rows of at most 1024 tokens."""
-    size = BlockSize(first=1, last=8, double_every=STEPS // 10)
-    recipe = presets.default(mask_id=start.tokenizer.mask_id, block_size=size)
-    row = min(1024, start.data.row_length)
+def get_config(start: TrainConfig, *, block_size: int = 8, steps: int = STEPS) -> TrainConfig:
+    """`steps` steps of 32 rows of at most 1024 tokens; blocks grow in a tenth of them each."""
+    grown = BlockSize(first=2, last=block_size, double_every=max(1, steps // 10))
+    recipe = presets.default(
+        mask_id=start.tokenizer.mask_id, block_size=grown, alignment=Alignment.SHIFTED_CLEAN
+    )
     return replace(
         start,
         name="convert_default",
-        steps=STEPS,
-        model=replace(start.model, clean=recipe.clean, dtype="bfloat16"),
+        steps=steps,
+        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
         objective=recipe.objective,
-        data=replace(start.data, row_length=row, batch_size=16),
-        optim=OptimConfig(peak_lr=1e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=replace(start.evaluation, every=500),
+        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
+        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
+        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
         checkpoint_every=500,
     )

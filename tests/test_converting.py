@@ -1,5 +1,6 @@
 """An AR model made the start of a block-diffusion one: what it was, and a mask token."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -69,6 +70,12 @@ def test_the_clean_stream_is_the_model_that_it_was(model, start):
     assert new.nats_per_token == pytest.approx(old.nats_per_token, abs=0.1)
 
 
+def test_in_blocks_of_one_it_is_that_model(start):
+    """Before training: every token is read from the clean one before it, as the AR model does."""
+    found = bdjax.evaluate(start, HELD_OUT, block_size=1)
+    assert found.diffusion.nats_per_token == pytest.approx(found.ar.nats_per_token, rel=1e-6)
+
+
 def test_a_model_without_a_free_row_gets_one(tokenizer, tmp_path):
     """Then not even that changes: equal to rounding."""
     folder = write_folder(
@@ -82,23 +89,23 @@ def test_a_model_without_a_free_row_gets_one(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_recipe_trains_from_it(model, tmp_path, capsys):
+@pytest.mark.parametrize("recipe", ["default", "nbdiff", "sdar", "fast_dllm_v2"])
+def test_every_recipe_trains_from_it(model, recipe, tmp_path, capsys):
     run, converted = tmp_path / "start", tmp_path / "converted"
     assert main(["convert", str(model), "--run", str(run)]) == 0
-    for name, animal in (("a", "cat"), ("b", "dog")):
-        (tmp_path / f"{name}.txt").write_text(
-            f"the {animal} sat on the mat; the dog did not. " * 99
-        )
-    words = ["train", "configs/convert_default.py", "--start", str(run), "--run", str(converted)]
-    words += ["steps=2", "data.batch_size=2", "data.row_length=32", "data.source=TextFiles"]
-    words += [
-        f"data.source.paths={tmp_path}/*.txt",
-        "data.held_out_fraction=0.5",
-        "evaluation.every=0",
-    ]
+    for side, animal in (("train", "cat"), ("heldout", "dog")):
+        text = f"the {animal} sat on the mat; the dog did not. " * 99
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps({"text": text}))
+    words = ["train", f"configs/convert_{recipe}.py", "--start", str(run), "--run", str(converted)]
+    words += ["steps=2", "data.batch_size=2", "data.row_length=32", "data.source=JsonLines"]
+    words += [f"data.source.paths={tmp_path}/train.jsonl", "data.held_out=JsonLines"]
+    words += [f"data.held_out.paths={tmp_path}/heldout.jsonl", "evaluation.every=0"]
     assert main(words) == 0, capsys.readouterr().err
     config = bdjax.load(converted).config
-    assert config.start_from == str(run) and config.objective.block_size.sizes == (1, 2, 4, 8)
+    sizes = {"default": (2, 4, 8), "nbdiff": (1, 2, 4, 8, 16, 32), "sdar": (4,)}
+    assert config.start_from == str(run)
+    assert config.objective.block_size.sizes == sizes.get(recipe, (32,))
+    assert config.documents()[1][0].data.startswith(b"the dog")
 
 
 def test_what_cannot_be_converted_says_why(model, start, tmp_path, capsys):

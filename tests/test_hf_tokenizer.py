@@ -48,6 +48,17 @@ def test_text_comes_back_and_every_byte_is_counted(tokenizer, text):
     np.testing.assert_array_equal(tokenizer.encode(text.encode()), ids)
 
 
+def test_many_texts_at_once_are_each_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr("bdjax.hf_tokenizer._AT_ONCE", 2)
+    texts = ["the cat", "", "é𝄞 <|mask|>", b"sat on the mat", "\n"]
+    for together, alone in zip(
+        tokenizer.encode_all(texts), map(tokenizer.encode, texts), strict=True
+    ):
+        assert together.dtype == np.int32 and together.tolist() == alone.tolist()
+    with pytest.raises(ValueError, match="not UTF-8"):
+        tokenizer.encode_all(["a", "b", "\ud800"])
+
+
 def test_bytes_of_a_character_count_where_they_are(tokenizer):
     ids = tokenizer.encode("\U00020021")
     assert ids.size == 4 and tokenizer.token_bytes()[ids].tolist() == [1, 1, 1, 1]

@@ -1,0 +1,42 @@
+"""An autoregressive model becomes a block-diffusion one as NBDiff does (arXiv 2512.06776).
+
+bdjax convert MODEL --run runs/start
+bdjax train configs/convert_nbdiff.py --start runs/start --run runs/nbdiff \\
+    data.source=JsonLines data.source.paths=mix/train/*.jsonl.zst \\
+    data.held_out=JsonLines data.held_out.paths=mix/heldout/*.jsonl.zst
+
+The paper's: token-causal clean stream, labels shifted by one and a block's first token read from
+the clean stream, one uniform level per block with weight 1/t, blocks doubling from 1 to 32 over the
+first 2500 of 4000 steps, next-token loss of weight 0.5 that falls to 0 while they grow. Ours: rows
+of 1024 in place of 8192 tokens, 32 in place of 1024 of them, fewer steps; learning rate and decay
+(the paper: 1e-5 for 4 B to 8 B parameters), which are those of configs/convert_default.py so that
+objectives are compared. The largest block is an argument of `get_config`; with another number of
+steps on the command line, objective.block_size.double_every and objective.ar_weight.end move too.
+"""
+
+from dataclasses import replace
+
+from bdjax import EvaluationConfig, OptimConfig, Remat, StableDecay, TrainConfig, presets
+
+STEPS = 1500
+
+
+def get_config(start: TrainConfig, *, block_size: int = 32, steps: int = STEPS) -> TrainConfig:
+    """`steps` steps of 32 rows of at most 1024 tokens; five eighths of them while blocks grow."""
+    doublings = max(1, block_size.bit_length() - 1)
+    recipe = presets.nbdiff(
+        mask_id=start.tokenizer.mask_id,
+        double_every=max(1, 5 * steps // (8 * doublings)),
+        block_size=block_size,
+    )
+    return replace(
+        start,
+        name="convert_nbdiff",
+        steps=steps,
+        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
+        objective=recipe.objective,
+        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
+        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
+        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
+        checkpoint_every=500,
+    )

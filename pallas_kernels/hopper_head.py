@@ -54,10 +54,16 @@ def check(width: int, dtype) -> None:
     """Raises NotImplementedError for what the kernels cannot serve."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the head's kernels multiply 16-bit numbers, not {dtype}")
-    if width % TILE_COLUMNS:
+    if width % 64 or 3 * _fill(width) > width:
         raise NotImplementedError(
-            f"the head's kernels need a width in steps of {TILE_COLUMNS}, not {width}"
+            f"the head's kernels need a width in steps of 64 that a third or less fills to steps of "
+            f"{TILE_COLUMNS}, not {width}"
         )
+
+
+def _fill(width: int) -> int:
+    """Columns of zeros that make whole tiles of gradients."""
+    return -width % TILE_COLUMNS
 
 
 def _integers(count, limit, banned):
@@ -306,6 +312,8 @@ def gradients(
     memory.
     """
     check(x.shape[1], x.dtype)
+    width, columns = x.shape[1], ((0, 0), (0, _fill(x.shape[1])))
+    x, head = jnp.pad(x, columns), jnp.pad(head, columns)
     # Of no rows at all the gradients are those of one row whose scale is zero.
     count = jnp.maximum(count, 1)
     d_x = jax.new_ref(jnp.zeros(x.shape, jnp.float32))
@@ -318,4 +326,4 @@ def gradients(
         set_head_gradients(d_logits, x, d_head, count, first)
 
     lax.fori_loop(0, -(-head.shape[0] // chunk), visit, None)
-    return jax.freeze(d_x), jax.freeze(d_head)
+    return jax.freeze(d_x)[:, :width], jax.freeze(d_head)[:, :width]

@@ -12,6 +12,7 @@ Nothing in a checkpoint is executed.
 import contextlib
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -32,8 +33,14 @@ from bdjax.manifest import CheckpointError, Condition, TornCheckpointError, cond
 # What Orbax and the system call a disk, a quota or a file limit that is used up.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
+# Of Orbax's log: what we raise as one sentence, and what is as it should be.
+_UNSAID = ("_SignalingThread", "Skipping merge of OCDBT checkpoints")
+
 # Seconds between two looks at whether a second Ctrl-C has come.
 _LOOK = 0.5
+
+# A shard is written in pieces of at most so many bytes, each compressed in memory.
+_PIECE = 32 * 2**20
 
 
 class NoSpaceError(CheckpointError):
@@ -105,7 +112,8 @@ class Checkpoints:
             raise CheckpointError(refused)
         self._damaged = [other for other in self._damaged if other != path]
         try:
-            response = ocp.save_checkpointables_async(path / "arrays", halves)
+            with _in_pieces():
+                response = ocp.save_checkpointables_async(path / "arrays", halves)
         except (ValueError, OSError) as error:
             response = _Failed(error)
         leaves = {name: [list(v.shape), str(v.dtype)] for name, v in _leaves(state).items()}
@@ -156,7 +164,7 @@ class Checkpoints:
             share = names[jax.process_index() :: jax.process_count()]
             self._together("verify", lambda: manifest.verify(path, found, share))
             halves = _halves(jax.tree.map(_placed, abstract_state))
-            loaded = self._together("load", lambda: _load(path, halves))
+            loaded = self._together("load", lambda: _load(path, found["leaves"], halves))
             nested = loaded.pop("rest", {}) | loaded
             data = [
                 json.loads((path / "data" / f"{process}.json").read_text())
@@ -279,6 +287,18 @@ class Checkpoints:
         ]
 
 
+def _in_pieces() -> ocp.Context:
+    """Each piece is a file as soon as it is compressed.
+
+    Orbax's own choice, one database of all arrays (OCDBT), keeps the whole checkpoint in memory a
+    second time until it is complete.
+    """
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.storage_options.chunk_byte_size = _PIECE
+    return context
+
+
 class _Failed:
     """A save that Orbax refused at once, in the form of one that fails later."""
 
@@ -304,7 +324,7 @@ def _one_sentence() -> Iterator[None]:
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
-        return "_SignalingThread" not in record.getMessage()
+        return not any(text in record.getMessage() for text in _UNSAID)
 
     def other(unraisable) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -343,7 +363,7 @@ def restore_params(
         if stored_dtype:
             kinds = {name: jnp.dtype(dtype) for name, (_, dtype) in found["leaves"].items()}
             wanted = _nested({n: x.update(dtype=kinds[n]) for n, x in _leaves(wanted).items()})
-        return found["step"], _like(abstract_params, _load(path, wanted)[half])
+        return found["step"], _like(abstract_params, _load(path, found["leaves"], wanted)[half])
 
     return _newest(directory, step, load)
 
@@ -391,12 +411,26 @@ def _check_leaves(path: Path, saved: dict, abstract, everything: bool) -> None:
         )
 
 
-def _load(path: Path, abstract: dict) -> dict:
+def _load(path: Path, saved: dict, abstract: dict) -> dict:
     try:
-        return ocp.load_checkpointables(path / "arrays", abstract)
+        with _one_by_one(saved):
+            return ocp.load_checkpointables(path / "arrays", abstract)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TornCheckpointError(f"{path} is damaged: Orbax answers {reason}") from error
+
+
+def _one_by_one(saved: dict) -> ocp.Context:
+    """No more bytes at once than the largest array has: each exists twice while it is placed."""
+    context = ocp.Context()
+    sizes = [
+        # Random keys are saved as their two to four words.
+        math.prod(shape) * (16 if dtype.startswith("key<") else jnp.dtype(dtype).itemsize)
+        for shape, dtype in saved.values()
+    ]
+    # Orbax refuses an array that takes all of it.
+    context.memory.read_concurrent_bytes = max(sizes, default=0) + 1
+    return context
 
 
 def _leaves(tree) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def train(
                 rows = next(data)
                 if done == 0:
                     say(describe_rows(rows, config.tokenizer))
-                speed.hand(done + 1, rows["segment"])
+                speed.hand(done + 1, rows["segment"], rows["trainable"])
                 batch = likelihood.to_device(rows, config.data.batch_size)
                 state, metrics = profiler.step(done + 1, step, state, batch, root)
                 done += 1

@@ -18,6 +18,8 @@ from bdjax.importing import import_model
 from bdjax.learning_rate import CosineDecay, StableDecay
 from bdjax.likelihood import EXACT_UP_TO, Evaluation
 from bdjax.lora import LoraConfig
+from bdjax.manifest import NoRunError
+from bdjax.messages import ConversationError
 from bdjax.model import DecoderConfig, Remat
 from bdjax.objective import Alignment, BlockSize, Objective
 from bdjax.optim import OptimConfig
@@ -60,6 +62,7 @@ __all__ = [
     "ChatLines",
     "ChatTemplate",
     "CheckpointError",
+    "ConversationError",
     "CosineDecay",
     "DataConfig",
     "DecoderConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "LanguageModel",
     "LoraConfig",
     "MeshConfig",
+    "NoRunError",
     "NonFiniteError",
     "Mixture",
     "Objective",

@@ -16,7 +16,7 @@ from bdjax.chat import Chat, open_template
 from bdjax.chat_template import ChatTemplate, Renderer
 from bdjax.display import clean_text
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate
-from bdjax.messages import Message, check_messages
+from bdjax.messages import ConversationError, Message, check_messages
 from bdjax.tokenizer import Tokenizer
 
 Question = str | list[Message]
@@ -159,8 +159,8 @@ def read_questions(path: str | Path) -> list[Question]:
     """Prompts from a file, one a line: text, or, if its name ends in .jsonl, JSON.
 
     A JSON line is a string, {"prompt": ..} or {"messages": ..}; lines of white space alone are
-    passed over. Raises ValueError, with file and line, for any other line, and for a file without
-    one.
+    passed over. Raises ValueError, with file and line, for a line that is no JSON, and
+    ConversationError for any other; ValueError for a file without one.
     """
     path = Path(path)
     try:
@@ -172,6 +172,8 @@ def read_questions(path: str | Path) -> list[Question]:
         if line.strip():
             try:
                 found.append(_question(json.loads(line)) if path.suffix == ".jsonl" else line)
+            except ConversationError as error:
+                raise ConversationError(f"{path}, line {number}: {error}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not found:
@@ -229,7 +231,7 @@ def _question(record: object) -> Question:
     if isinstance(record, dict) and "messages" in record:
         check_messages(record["messages"])
         return record["messages"]
-    raise ValueError('expected a string, {"prompt": ..} or {"messages": ..}')
+    raise ConversationError('expected a string, {"prompt": ..} or {"messages": ..}')
 
 
 def _renderer(language_model: LanguageModel, template: str | Path | None) -> Renderer:

@@ -7,6 +7,7 @@ A LoRA run reads nothing outside its folder, and writes the large part of its pa
 """
 
 import dataclasses
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 
 from bdjax.checkpoint import CheckpointError, Checkpoints, read_config, restore_params
 from bdjax.config import TrainConfig, config_from_json
+from bdjax.hf_folder import is_pretrained
 from bdjax.lora import join, merged, split
 from bdjax.overrides import to_json
+from bdjax.pretrained import PretrainedError
 from bdjax.step import Model
 from bdjax.tokenizer import Tokenizer
 
@@ -89,11 +92,29 @@ def without_lora(config: TrainConfig) -> TrainConfig:
 def write_run(directory: str | Path, config: TrainConfig, params: Any, step: int = 0) -> None:
     """A run with one checkpoint of `params` and nothing to resume: for `load` and `start_from`.
 
-    Raises CheckpointError when there is a whole one of this step.
+    What was made of a run that cannot be finished is taken away again. Raises CheckpointError when
+    there is a whole checkpoint of this step, or no room.
     """
-    config = config.keep(Path(directory), write=jax.process_index() == 0)
-    with Checkpoints(directory, keep=1) as kept:
-        kept.save(step, {"params": params}, to_json(config))
+    directory = Path(directory)
+    before = set(directory.iterdir()) if directory.exists() else None
+    try:
+        config = config.keep(directory, write=jax.process_index() == 0)
+        with Checkpoints(directory, keep=1) as kept:
+            kept.save(step, {"params": params}, to_json(config))
+            kept.wait()
+    except BaseException:
+        if before is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            for path in set(directory.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def check_free(run: str | Path) -> None:
+    """Raises CheckpointError for a folder that has checkpoints, before anything is read for it."""
+    if (Path(run) / "checkpoints").exists():
+        raise CheckpointError(f"{run} has checkpoints already; type another folder for the run")
 
 
 def keep_base(directory: Path, config: TrainConfig, params: Any) -> None:
@@ -108,8 +129,13 @@ def keep_base(directory: Path, config: TrainConfig, params: Any) -> None:
 def start_config(place: str | Path) -> TrainConfig:
     """The config of the run at `place`, for a `get_config(start)` to build on.
 
-    Raises CheckpointError where there is no such run.
+    Raises CheckpointError where there is no such run, PretrainedError for somebody else's model.
     """
+    if is_pretrained(place):
+        raise PretrainedError(
+            f"{place} is no run of ours yet; type bdjax import {place} --run RUN, and start from "
+            "that run"
+        )
     return config_from_json(read_config(place), place)
 
 

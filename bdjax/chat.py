@@ -22,7 +22,7 @@ from jaxtyping import Int
 
 from bdjax.chat_template import ChatTemplate, Renderer
 from bdjax.corpus import Document
-from bdjax.messages import BEGIN, BREAK, END, Message
+from bdjax.messages import BEGIN, BREAK, END, ConversationError, Message
 from bdjax.tokenizer import Tokenizer
 
 
@@ -50,7 +50,7 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> Int[np.ndarray, "P"]:
         """The ids of a conversation that the model is to go on with, without BOS.
 
-        Raises ValueError (TemplateError) for messages that the template refuses.
+        Raises ConversationError for messages that the template refuses.
         """
         text = _unmarked(self._render(messages, prompt=True))
         return self._headless(self._encode(text))
@@ -59,7 +59,7 @@ class Chat:
         """The last message, the assistant's, as the answer to those before it.
 
         It ends with the template's end of turn; what the template writes after that is nobody's.
-        Raises ValueError when the template refuses the messages, or writes the same ones
+        Raises ConversationError when the template refuses the messages, or writes the same ones
         differently before an answer and with it.
         """
         marked = self._render(messages, prompt=False)
@@ -69,7 +69,7 @@ class Chat:
         else:
             before = _unmarked(self._render(messages[:-1], prompt=True))
             if not whole.startswith(before):
-                raise ValueError(
+                raise ConversationError(
                     "the template writes the messages before an answer in one way with it and in "
                     "another without; enclose the answer in {% generation %} and "
                     "{% endgeneration %} in the template"
@@ -95,7 +95,7 @@ class Chat:
             return plain
         found = self._renderer.render(broken, add_generation_prompt=prompt)
         if found.replace(BREAK, "") != plain:
-            raise ValueError(
+            raise ConversationError(
                 "a message spells out a special token and the template reads it as one: what it "
                 "writes would depend on that; take the token out of the message"
             )
@@ -171,8 +171,8 @@ def encode_conversations(
     An answer that fits no row together with all that it answers is left out, and a warning says
     how many were: cutting the prompt would teach answers to questions that nobody asked.
 
-    Raises ValueError, with file and line, for a conversation without an answer and for one that the
-    template refuses; ValueError when no answer fits.
+    Raises ConversationError, with file and line, for a conversation without an answer and for one
+    that the template refuses; ValueError when no answer fits.
     """
     found: list[Document] = []
     answers, long = 0, []
@@ -205,10 +205,10 @@ def _examples(chat: Chat, document: Document) -> list[Example]:
     messages = json.loads(document.data)
     ends = [n for n, message in enumerate(messages, 1) if message["role"] == "assistant"]
     if not ends:
-        raise ValueError(
+        raise ConversationError(
             f"{document.name} has no message of the assistant to learn; leave the line out"
         )
     try:
         return [chat.example(messages[:end]) for end in ends]
-    except ValueError as error:
-        raise ValueError(f"{document.name}: {error}") from error
+    except ConversationError as error:
+        raise ConversationError(f"{document.name}: {error}") from error

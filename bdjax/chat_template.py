@@ -21,7 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bdjax.messages import BEGIN, END, Message
+from bdjax.messages import BEGIN, END, ConversationError, Message
+from bdjax.run_files import keep_file
 
 TEMPLATE_NAME = "chat_template.jinja"
 
@@ -31,7 +32,7 @@ _START_SECONDS = 60.0
 _SECONDS = 10.0
 
 
-class TemplateError(ValueError):
+class TemplateError(ConversationError):
     """A template that refuses its messages, fails, or takes more than it may."""
 
 
@@ -92,16 +93,7 @@ class ChatTemplate:
         Raises ValueError when the folder has another template.
         """
         copy = folder / TEMPLATE_NAME
-        if copy.exists() and copy.read_bytes() != self.text.encode():
-            raise ValueError(
-                f"{copy} is not {self.path}: the run in {folder} has another chat template; type "
-                f"chat_template.path={copy} to go on with it, or --run with another folder"
-            )
-        if write and not copy.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = copy.with_suffix(".jinja.part")
-            part.write_bytes(self.text.encode())
-            part.rename(copy)
+        keep_file(copy, self.text.encode(), self.path, "chat_template", write)
         path = self.path if self.source is None else str(copy)
         return replace(self, path=path, source=None, sha256=self._digest)
 

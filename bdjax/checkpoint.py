@@ -22,18 +22,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from bdjax import manifest
 from bdjax.distributed import gather
 from bdjax.manifest import CheckpointError, Condition, TornCheckpointError, condition
+from bdjax.state_tree import as_dicts, by_path, halves_of, in_structure, on_devices
 
 # What Orbax and the system call a disk, a quota or a file limit that is used up.
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
+# Of Orbax's log: what we raise as one sentence, and what is as it should be.
+_UNSAID = ("_SignalingThread", "Skipping merge of OCDBT checkpoints")
+
 # Seconds between two looks at whether a second Ctrl-C has come.
 _LOOK = 0.5
+
+# A shard is written in pieces of at most so many bytes, each compressed in memory.
+_PIECE = 32 * 2**20
 
 
 class NoSpaceError(CheckpointError):
@@ -96,7 +102,7 @@ class Checkpoints:
         whole. Raises CheckpointError when there is a whole one of this step, and whatever became of
         the save before, as `wait`.
         """
-        halves = _halves(state)
+        halves = halves_of(state)
         self.wait()
         path = self._run / "checkpoints" / str(step)
         call = self._call(f"save/{step}")
@@ -105,11 +111,12 @@ class Checkpoints:
             raise CheckpointError(refused)
         self._damaged = [other for other in self._damaged if other != path]
         try:
-            response = ocp.save_checkpointables_async(path / "arrays", halves)
+            with _in_pieces():
+                response = ocp.save_checkpointables_async(path / "arrays", halves)
         except (ValueError, OSError) as error:
             response = _Failed(error)
-        leaves = {name: [list(v.shape), str(v.dtype)] for name, v in _leaves(state).items()}
-        bytes_ = sum(leaf.nbytes for leaf in _leaves(state).values())
+        leaves = {name: [list(v.shape), str(v.dtype)] for name, v in by_path(state).items()}
+        bytes_ = sum(leaf.nbytes for leaf in by_path(state).values())
 
         def finish():
             try:
@@ -155,14 +162,14 @@ class Checkpoints:
             names = sorted(found["files"])
             share = names[jax.process_index() :: jax.process_count()]
             self._together("verify", lambda: manifest.verify(path, found, share))
-            halves = _halves(jax.tree.map(_placed, abstract_state))
+            halves = halves_of(jax.tree.map(on_devices, abstract_state))
             loaded = self._together("load", lambda: _load(path, halves))
             nested = loaded.pop("rest", {}) | loaded
             data = [
                 json.loads((path / "data" / f"{process}.json").read_text())
                 for process in range(sum(name.startswith("data/") for name in names))
             ]
-            return found["step"], _like(abstract_state, nested), data
+            return found["step"], in_structure(abstract_state, nested), data
 
         return _newest(self._run, step, load, self._damaged.append)
 
@@ -279,6 +286,18 @@ class Checkpoints:
         ]
 
 
+def _in_pieces() -> ocp.Context:
+    """Each piece is a file as soon as it is compressed.
+
+    Orbax's own choice, one database of all arrays (OCDBT), keeps the whole checkpoint in memory a
+    second time until it is complete.
+    """
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.storage_options.chunk_byte_size = _PIECE
+    return context
+
+
 class _Failed:
     """A save that Orbax refused at once, in the form of one that fails later."""
 
@@ -304,7 +323,7 @@ def _one_sentence() -> Iterator[None]:
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
-        return "_SignalingThread" not in record.getMessage()
+        return not any(text in record.getMessage() for text in _UNSAID)
 
     def other(unraisable) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -339,11 +358,11 @@ def restore_params(
         others = [f"arrays/{other}/" for other in ("params", "ema", "rest") if other != half]
         names = [n for n in found["files"] if not n.startswith((*others, "data/"))]
         manifest.verify(path, found, names)
-        wanted = {half: _nested(jax.tree.map(_placed, abstract_params))}
+        wanted = {half: as_dicts(jax.tree.map(on_devices, abstract_params))}
         if stored_dtype:
             kinds = {name: jnp.dtype(dtype) for name, (_, dtype) in found["leaves"].items()}
-            wanted = _nested({n: x.update(dtype=kinds[n]) for n, x in _leaves(wanted).items()})
-        return found["step"], _like(abstract_params, _load(path, wanted)[half])
+            wanted = as_dicts({n: x.update(dtype=kinds[n]) for n, x in by_path(wanted).items()})
+        return found["step"], in_structure(abstract_params, _load(path, wanted)[half])
 
     return _newest(directory, step, load)
 
@@ -373,7 +392,7 @@ def _newest(directory: str | Path, step: int | None, load, passed_over=lambda pa
 
 
 def _check_leaves(path: Path, saved: dict, abstract, everything: bool) -> None:
-    wanted = {name: list(leaf.shape) for name, leaf in _leaves(abstract).items()}
+    wanted = {name: list(leaf.shape) for name, leaf in by_path(abstract).items()}
     there = {name: shape for name, (shape, _) in saved.items()}
     if not everything:
         halves = {name.split("/")[0] for name in wanted}
@@ -397,50 +416,3 @@ def _load(path: Path, abstract: dict) -> dict:
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TornCheckpointError(f"{path} is damaged: Orbax answers {reason}") from error
-
-
-def _leaves(tree) -> dict[str, Any]:
-    """Leaves by their path, "params/layers/wq": the same for dicts and NamedTuples."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
-
-
-def _halves(state) -> dict[str, dict]:
-    """`state` as plain nested dicts: `params`, `ema` if there is one, and the `rest`."""
-    nested = _nested(state)
-    if "params" not in nested:
-        raise ValueError(f"a state holds `params`; this one has {', '.join(nested) or 'nothing'}")
-    halves = {name: nested.pop(name) for name in ("params", "ema") if name in nested}
-    return halves | {"rest": nested} if nested else halves
-
-
-def _nested(tree) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in _leaves(tree).items():
-        *parents, last = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
-
-
-def _like(abstract, nested: dict):
-    """The loaded leaves in the structure of `abstract`."""
-    loaded = _leaves(nested)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[k] for k in _leaves(abstract)])
-
-
-def _placed(leaf) -> jax.ShapeDtypeStruct:
-    """The leaf on real devices: eval_shape names only an abstract mesh, or nothing at all."""
-    place = getattr(leaf, "sharding", None)
-    if place is None or isinstance(place, NamedSharding):
-        mesh = jax.sharding.get_mesh()
-        named = isinstance(place, NamedSharding)
-        if named and isinstance(place.mesh, jax.sharding.Mesh):
-            mesh = place.mesh
-        spec = place.spec if named else PartitionSpec()
-        place = SingleDeviceSharding(jax.local_devices()[0])
-        if not mesh.empty:
-            place = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

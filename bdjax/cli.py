@@ -299,14 +299,16 @@ def _warn(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"bdjax: warning: {clean_text(str(message))}", file=sys.stderr)
 
 
-# Errors of ours whose text says what to do.
+# Errors of ours whose text says what to do, and those of what a command was given to read.
 _TOLD = (bdjax.CheckpointError, bdjax.NonFiniteError, bdjax.PeerError)
+_UNREADABLE = (bdjax.PretrainedError, bdjax.NoRunError, bdjax.ConversationError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    Exit codes: 0 done, 1 a clear error, 2 bad usage or an unreadable model, 130 interrupted.
+    Exit codes: 0 done, 1 a clear error, 2 bad usage, or a model or conversations that cannot be
+    read, 130 interrupted.
     """
     parser = make_parser()
     # argparse takes overrides only right after the config file: those behind a flag come as rest.
@@ -334,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, *_TOLD) as error:
         # The text may quote a checkpoint that somebody else wrote.
         print(f"bdjax: {clean_text(str(error))}", file=sys.stderr)
-        return _leave(2 if isinstance(error, bdjax.PretrainedError) else 1)
+        return _leave(2 if isinstance(error, _UNREADABLE) else 1)
     except KeyboardInterrupt:
         print("bdjax: interrupted", file=sys.stderr)
         return _leave(130)

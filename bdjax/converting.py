@@ -6,7 +6,6 @@ stand for text, with a little noise: a reserved row that was never trained has o
 nothing, from which gradients explode (LLaDA2.0, training at masked positions).
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from bdjax import presets
-from bdjax.base import write_run
-from bdjax.checkpoint import CheckpointError
+from bdjax.base import check_free, write_run
 from bdjax.config import MeshConfig, TrainConfig
 from bdjax.generation import LanguageModel, load
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
@@ -47,19 +45,11 @@ def convert_model(
     Raises PretrainedError for a model that is no AR model, and for a mask_id that means something;
     CheckpointError where `run` has checkpoints already.
     """
-    run = Path(run)
-    if (run / "checkpoints").exists():
-        raise CheckpointError(f"{run} has checkpoints already; type another folder for the run")
+    check_free(run)
     loaded = load(path, dtype="float32", mesh=MeshConfig(), progress=progress)
     with jax.set_mesh(loaded.config.mesh.build()):
         config, params = with_mask(loaded, path, mask_id, block_size, seed)
-        fresh = not run.exists()
-        try:
-            write_run(run, config, params)
-        except BaseException:
-            if fresh:
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+        write_run(run, config, params)
     return config
 
 

@@ -111,14 +111,17 @@ def step_flops(
     *,
     block_size: int,
     share: float,
+    labels: int | None = None,
 ) -> Flops:
     """Model FLOPs of one update on rows with these documents (token counts, BOS included).
 
-    share: `scored_share` of the draw. All tokens but BOS count as trainable.
+    share: `scored_share` of the draw. labels: how many tokens are trainable, all but BOS by
+    default. A chat's prompt has none, which spares the head; its layers run all the same, backwards
+    too, since answers see its keys and values.
     """
     c = model.decoder
     tokens = sum(documents)
-    labels = tokens - len(documents)
+    labels = tokens - len(documents) if labels is None else labels
     streams = objective.views + objective.clean_stream
     matrices = layer_matrices(c)
     # Of a frozen matrix no gradient is computed: a third of its FLOPs.

@@ -14,12 +14,8 @@ from bdjax import sharding
 from bdjax.base import merged_model, restore_model, write_run
 from bdjax.checkpoint import read_config
 from bdjax.config import MeshConfig, TrainConfig, check_seed, config_from_json
-from bdjax.importing import (
-    config_of,
-    is_pretrained,
-    parameters_of,
-    read_pretrained,
-)
+from bdjax.hf_folder import is_pretrained
+from bdjax.importing import config_of, parameters_of, read_pretrained
 from bdjax.objective import Alignment
 from bdjax.policies import Dynamic, Policy
 from bdjax.sampler import UNLIMITED, Controls, Request, Sampler, State, advance, start

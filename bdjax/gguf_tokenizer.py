@@ -12,6 +12,7 @@ import numpy as np
 
 from bdjax.gguf_header import shown
 from bdjax.pretrained import PretrainedError
+from bdjax.tokenizer import added_token, bpe_json, byte_level
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _SPECIALS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -31,15 +32,6 @@ def _words(digits: str) -> str:
     return "|".join(parts)
 
 
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
 def _split(pattern: str) -> dict[str, Any]:
     return {
         "type": "Split",
@@ -51,22 +43,27 @@ def _split(pattern: str) -> dict[str, Any]:
 
 class _Rules(NamedTuple):
     """What a name of `tokenizer.ggml.pre` stands for. whole_words: a word that is a token is left
-    as it is, whatever the merges say.
+    as it is, whatever the merges say. leads: BOS comes first where the file does not say.
     """
 
     steps: tuple[dict[str, Any], ...]
     normalizer: dict[str, Any] | None = None
     whole_words: bool = False
+    leads: bool = False
 
 
 _RULES = {
     "llama-bpe": _Rules(
-        steps=(_split(_words(r"\p{N}{1,3}")), _byte_level(False)), whole_words=True
+        steps=(_split(_words(r"\p{N}{1,3}")), byte_level(use_regex=False)),
+        whole_words=True,
+        leads=True,
     ),
     "qwen2": _Rules(
-        steps=(_split(_words(r"\p{N}")), _byte_level(False)), normalizer={"type": "NFC"}
+        steps=(_split(_words(r"\p{N}")), byte_level(use_regex=False)), normalizer={"type": "NFC"}
     ),
-    "smollm": _Rules(steps=({"type": "Digits", "individual_digits": True}, _byte_level(True))),
+    "smollm": _Rules(
+        steps=({"type": "Digits", "individual_digits": True}, byte_level(use_regex=True))
+    ),
 }
 
 
@@ -84,40 +81,19 @@ def tokenizer_json(metadata: dict[str, Any], where: str) -> str:
     # the vocabulary: the library numbers those that are not anew.
     vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
     added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kinds[i] == _CONTROL,
-        }
+        added_token(i, token, special=kinds[i] == _CONTROL)
         for token, i in vocab.items()
         if kinds[i] != _NORMAL
     ]
-    found = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": rules.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules.steps)},
-        "post_processor": _heads(metadata, tokens, where),
-        "decoder": _byte_level(True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": rules.whole_words,
-            "vocab": vocab,
-            "merges": _merges(metadata, vocab, where),
-        },
-    }
+    found = bpe_json(
+        vocab=vocab,
+        merges=_merges(metadata, vocab, where),
+        added=added,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": list(rules.steps)},
+        post_processor=_heads(metadata, rules, tokens, where),
+        normalizer=rules.normalizer,
+        ignore_merges=rules.whole_words,
+    )
     return json.dumps(found, ensure_ascii=False)
 
 
@@ -132,8 +108,9 @@ def tokenizer_config(metadata: dict[str, Any], where: str) -> dict[str, Any]:
         token = special_id(metadata, key, len(tokens), where)
         if token is not None:
             found[f"{name}_token"] = tokens[token]
-    for name in ("add_bos_token", "add_eos_token"):
-        found[name] = metadata.get(f"tokenizer.ggml.{name}", False) is True
+    unsaid = {"add_bos_token": _rules(metadata, where).leads, "add_eos_token": False}
+    for name, default in unsaid.items():
+        found[name] = metadata.get(f"tokenizer.ggml.{name}", default) is True
     return found
 
 
@@ -207,11 +184,13 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int], where: str) -> list
     return pairs
 
 
-def _heads(metadata: dict[str, Any], tokens: list[str], where: str) -> dict[str, Any]:
+def _heads(
+    metadata: dict[str, Any], rules: _Rules, tokens: list[str], where: str
+) -> dict[str, Any]:
     """The post-processor: BOS before a text where the model's own tokenizer puts it."""
     bos = special_id(metadata, "bos", len(tokens), where)
-    if bos is None or metadata.get("tokenizer.ggml.add_bos_token", False) is not True:
-        return _byte_level(True)
+    if bos is None or metadata.get("tokenizer.ggml.add_bos_token", rules.leads) is not True:
+        return byte_level(use_regex=True)
     head = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}

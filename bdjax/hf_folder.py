@@ -42,10 +42,23 @@ def read_folder(folder: str | Path) -> Pretrained:
     )
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a folder has what others' models consist of, if not all of it."""
-    weights = (path for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}"))
-    return (folder / "config.json").is_file() or any(weights)
+def is_pretrained(path: str | Path) -> bool:
+    """Whether `path` is somebody else's model rather than a run or a checkpoint of ours.
+
+    A .gguf file, or a folder with some of what such models consist of, if not all of it.
+    """
+    path = Path(path)
+    if is_gguf(path):
+        return True
+    if any((path / name).exists() for name in ("bdjax.json", "arrays")):
+        return False
+    weights = (found for end in ("safetensors", "bin") for found in path.glob(f"*.{end}"))
+    return (path / "config.json").is_file() or any(weights)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file of that name."""
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def _tensor_files(folder: Path) -> list[Path]:

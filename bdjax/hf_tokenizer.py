@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bdjax.corpus import Document
+from bdjax.run_files import keep_file
 from bdjax.tokenizer import BYTE_OF, Tokenizer, leading
 
 FILE_NAME = "tokenizer.json"
@@ -187,16 +188,7 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises ValueError when the folder has another tokenizer's file.
         """
         copy = folder / FILE_NAME
-        if copy.exists() and copy.read_bytes() != self._data:
-            raise ValueError(
-                f"{copy} is not {self.path}: the run in {folder} has another tokenizer; type "
-                f"tokenizer.path={copy} to go on with it, or --run with another folder"
-            )
-        if write and not copy.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = copy.with_suffix(".json.part")
-            part.write_bytes(self._data)
-            part.rename(copy)
+        keep_file(copy, self._data, self.path, "tokenizer", write)
         # Without a file of its own it goes on with the copy.
         path = self.path if self.text is None else str(copy)
         return replace(self, path=path, text=None, sha256=self._digest)

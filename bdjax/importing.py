@@ -6,7 +6,6 @@ with jax.set_mesh(config.mesh.build()):
     params = parameters_of(pretrained, config)
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,16 @@ from typing import Any
 import jax
 
 from bdjax import dit, presets, weights
+from bdjax.base import check_free, write_run
 from bdjax.chat_template import TEMPLATE_NAME, ChatTemplate
-from bdjax.checkpoint import Checkpoints
 from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
 from bdjax.data import Tail
 from bdjax.families import Decoding, Family, family_of
 from bdjax.family_config import ConfigReader, decoder_config, rows_of
 from bdjax.gguf_file import open_gguf
-from bdjax.hf_folder import is_model_folder, read_folder
+from bdjax.hf_folder import is_gguf, read_folder
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
-from bdjax.manifest import CheckpointError
 from bdjax.objective import Alignment
-from bdjax.overrides import to_json
 from bdjax.presets import Recipe
 from bdjax.pretrained import Pretrained, PretrainedError
 from bdjax.sources import DataConfig
@@ -49,24 +46,13 @@ def read_pretrained(path: str | Path) -> Pretrained:
     Raises PretrainedError for what is neither.
     """
     path = Path(path)
-    if _is_gguf(path):
+    if is_gguf(path):
         return open_gguf(path)
     if not path.is_dir():
         raise PretrainedError(
             f"{path} is no folder; type the folder that has the config.json, or a .gguf file"
         )
     return read_folder(path)
-
-
-def is_pretrained(path: str | Path) -> bool:
-    """Whether `path` is somebody else's model rather than a run or a checkpoint of ours."""
-    path = Path(path)
-    ours = (path / name for name in ("bdjax.json", "arrays"))
-    return _is_gguf(path) or (is_model_folder(path) and not any(part.exists() for part in ours))
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,23 +148,12 @@ def import_model(
     is taken away again. Raises PretrainedError for a model that cannot be read, CheckpointError
     where `run` has checkpoints already or the disk is full.
     """
-    run = Path(run)
-    if (run / "checkpoints").exists():
-        raise CheckpointError(f"{run} has checkpoints already; type another folder for the run")
+    check_free(run)
     pretrained = read_pretrained(path)
     config = config_of(pretrained, dtype=dtype, mesh=mesh)
     with jax.set_mesh(mesh.build()):
         params = parameters_of(pretrained, config, dtype=dtype, progress=progress)
-        fresh = not run.exists()
-        try:
-            config = config.keep(run, write=jax.process_index() == 0)
-            with Checkpoints(run) as checkpoints:
-                checkpoints.save(0, {"params": params}, to_json(config))
-                checkpoints.wait()
-        except BaseException:
-            if fresh:
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+        write_run(run, config, params)
     return config
 
 

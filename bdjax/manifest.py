@@ -31,6 +31,10 @@ class TornCheckpointError(CheckpointError):
     """An unfinished or damaged checkpoint: the one before it may still be whole."""
 
 
+class NoRunError(CheckpointError):
+    """What was named is no run: no folder, or one without checkpoints."""
+
+
 def list_files(path: Path) -> list[str]:
     """Names, relative and sorted, of all files of a checkpoint but its manifest."""
     found = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
@@ -164,12 +168,13 @@ def checksum(manifest: dict) -> int:
 def find(directory: Path, step: int | None) -> list[Path]:
     """Folders that should be checkpoints, newest first; at least one.
 
-    `directory` is a run, its `checkpoints` or one checkpoint. Raises CheckpointError when there is
-    none, or none of `step`.
+    `directory` is a run, its `checkpoints` or one checkpoint. Raises NoRunError when there is none,
+    CheckpointError when there is none of `step`.
     """
     if not directory.is_dir():
-        raise CheckpointError(
-            f"there is no folder {directory}; type the folder of a run, which holds checkpoints/"
+        raise NoRunError(
+            f"there is no folder {directory}; type the folder of a run, which holds checkpoints/, "
+            "or of a model, which holds config.json"
         )
     if (directory / "bdjax.json").exists() or (
         directory.name.isdecimal() and directory.parent.name == "checkpoints"
@@ -178,9 +183,10 @@ def find(directory: Path, step: int | None) -> list[Path]:
     inside = directory / "checkpoints"
     paths = numbered(inside if inside.is_dir() else directory)[::-1]
     if not paths:
-        raise CheckpointError(
+        raise NoRunError(
             f"{directory} holds no checkpoint: expected folders like "
-            f"{directory / 'checkpoints' / '100'}; type the folder of a run"
+            f"{directory / 'checkpoints' / '100'}; type the folder of a run, or of a model, which "
+            "holds config.json"
         )
     if step is None:
         return paths

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bdjax.corpus import Document, utf8_error
-from bdjax.messages import read_messages
+from bdjax.messages import ConversationError, read_messages
 
 Paths = str | Path | Iterable[str | Path]
 
@@ -49,8 +49,8 @@ def read_conversations(paths_or_globs: Paths) -> list[Document]:
     """One conversation per line: {"messages": [{"role", "content"}, ..]} or {"prompt", "response"}.
 
     The documents hold the messages as JSON. Raises FileNotFoundError for a path or pattern without
-    a file; ValueError, with file and line, for a line that is not UTF-8, not JSON or no
-    conversation (`bdjax.messages`); ValueError for files without a line.
+    a file; ValueError, with file and line, for a line that is not UTF-8 or not JSON, and
+    ConversationError for one that is no conversation; ValueError for files without a line.
     """
     found = [d for path in _files(paths_or_globs) for d in _conversations(path)]
     if not found:
@@ -129,8 +129,8 @@ def _conversations(path: Path) -> Iterator[Document]:
     for where, record in _json_records(path, {"prompt": "Hi", "response": "Hello"}):
         try:
             messages = read_messages(record)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except ConversationError as error:
+            raise ConversationError(f"{where}: {error}") from error
         text = json.dumps(messages, ensure_ascii=False)
         yield Document(where, _utf8(text, where), conversation=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from bdjax.chips import chip_of
 from bdjax.config import TrainConfig
@@ -29,23 +29,26 @@ class Speed:
 
     def __init__(
         self,
-        flops: Callable[[list[int], int], float] | None,
+        flops: Callable[[list[int], int, int], float] | None,
         peak: float,
         documents: Callable[[np.ndarray], list[int]] = lambda segment: [],
         clock: Callable[[], float] = time.monotonic,
     ):
-        """flops: model FLOPs of a step from its documents and block size; None leaves MFU out.
+        """flops: model FLOPs of a step from its documents, trainable tokens and block size; None
+        leaves MFU out.
 
         peak: FLOP/s of all devices.
         """
         self._flops, self._peak, self._documents, self._clock = flops, peak, documents, clock
-        self._handed: dict[int, list[int]] = {}
+        self._handed: dict[int, tuple[list[int], int]] = {}
         self._read: deque[tuple[float, float, float]] = deque(maxlen=_WINDOW + 1)
 
-    def hand(self, step: int, segment: Int[np.ndarray, "B L"]) -> None:
+    def hand(
+        self, step: int, segment: Int[np.ndarray, "B L"], trainable: Bool[np.ndarray, "B L"]
+    ) -> None:
         """`step` runs on this batch."""
         if self._flops is not None:
-            self._handed[step] = self._documents(segment)
+            self._handed[step] = self._documents(segment), int(trainable.sum())
 
     def restart(self) -> None:
         """The host did something else: what was read so far says nothing about the next step."""
@@ -58,7 +61,8 @@ class Speed:
         """
         flops = 0.0
         if self._flops is not None:
-            flops = self._flops(self._handed.pop(step, []), int(values["block_size"]))
+            documents, labels = self._handed.pop(step, ([], 0))
+            flops = self._flops(documents, labels, int(values["block_size"]))
         self._read.append((self._clock(), values["tokens"], flops))
         passed = self._read[-1][0] - self._read[0][0]
         if passed <= 0:
@@ -85,8 +89,8 @@ def speed_of(
     objective = config.objective
     share = scored_share(objective, objective.block_size.largest)
 
-    def flops(documents: list[int], size: int) -> float:
-        found = step_flops(model, objective, documents, block_size=size, share=share)
+    def flops(documents: list[int], labels: int, size: int) -> float:
+        found = step_flops(model, objective, documents, block_size=size, share=share, labels=labels)
         return found.total * jax.process_count()
 
     peak = chip.flops * mesh.size

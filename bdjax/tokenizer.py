@@ -142,33 +142,13 @@ class ByteTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """A byte-level BPE without merges: every byte is its own token, BOS comes first."""
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        whole = byte_level | {"use_regex": False}
-        rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        found = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": number, "content": text, **rules, "special": True}
-                for number, text in _SPELLED.items()
-            ],
-            "normalizer": None,
-            "pre_tokenizer": whole,
-            "post_processor": leading(None, _SPELLED[self.bos_id], self.bos_id),
-            "decoder": whole,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "vocab": BYTE_OF,
-                "merges": [],
-            },
-        }
+        found = bpe_json(
+            vocab=BYTE_OF,
+            merges=[],
+            added=[added_token(number, text) for number, text in _SPELLED.items()],
+            pre_tokenizer=byte_level(use_regex=False),
+            post_processor=leading(None, _SPELLED[self.bos_id], self.bos_id),
+        )
         return json.dumps(found, ensure_ascii=False, indent=1)
 
     def control_tokens(self) -> dict[str, int]:
@@ -182,6 +162,57 @@ _SPELLED: Mapping[int, str] = {
     ByteTokenizer.mask_id: "<|mask|>",
     ByteTokenizer.cut_id: "<|cut|>",
 }
+
+
+def byte_level(*, use_regex: bool) -> dict[str, Any]:
+    """A tokenizer.json's step from bytes to characters, after GPT-2's cut into words or without."""
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def added_token(number: int, text: str, special: bool = True) -> dict[str, Any]:
+    """A tokenizer.json's entry of a token that merges do not make."""
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": text, **rules, "special": special}
+
+
+def bpe_json(
+    *,
+    vocab: Mapping[str, int],
+    merges: list[list[str]],
+    added: list[dict[str, Any]],
+    pre_tokenizer: dict[str, Any],
+    post_processor: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """The tokenizer.json of a byte-level BPE. ignore_merges: a word that is a token stays one."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 def leading(post_processor: dict[str, Any] | None, text: str, number: int) -> dict[str, Any]:

@@ -85,13 +85,14 @@ def train(
                 f"{directory} holds a run up to step {saved[-1]}; type --resume to go on with it, "
                 "or --run with another folder"
             )
+        # Read first: a document that cannot be read leaves no folder behind.
+        train_documents, held_out = config.documents()
         config = config.keep(directory, write=jax.process_index() == 0)
         if saved:
             before = config_from_json(read_config(directory), directory)
             _check_same(config, before, directory)
         elif resume:
             say(f"{directory} holds no whole checkpoint: starting from step 0")
-        train_documents, held_out = config.documents()
         model = config.build_model()
         optimiser = make_optimiser(config.optim, model.trained_table(), config.steps)
         data = training_batches(
@@ -155,7 +156,7 @@ def train(
                 rows = next(data)
                 if done == 0:
                     say(describe_rows(rows, config.tokenizer))
-                speed.hand(done + 1, rows["segment"])
+                speed.hand(done + 1, rows["segment"], rows["trainable"])
                 batch = likelihood.to_device(rows, config.data.batch_size)
                 state, metrics = profiler.step(done + 1, step, state, batch, root)
                 done += 1

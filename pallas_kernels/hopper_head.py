@@ -56,8 +56,8 @@ def check(width: int, dtype) -> None:
         raise NotImplementedError(f"the head's kernels multiply 16-bit numbers, not {dtype}")
     if width % 64 or 3 * _fill(width) > width:
         raise NotImplementedError(
-            f"the head's kernels need a width in steps of 64 that a third or less fills to steps of "
-            f"{TILE_COLUMNS}, not {width}"
+            "the head's kernels need a width in steps of 64 that a third of it or less fills up to "
+            f"steps of {TILE_COLUMNS}, not {width}"
         )
 
 

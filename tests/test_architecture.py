@@ -18,8 +18,8 @@ LAYERS = (
     # Leaves: nothing of bdjax.
     ("block_size", "chips", "corpus", "display", "distributed", "hlo", "interrupts")
     + ("learning_rate", "manifest", "messages", "metrics", "mixture", "ngram", "overrides", "plots")
-    + ("prefetch", "pretrained", "schedules", "sharding", "stats", "template_process")
-    + ("tokenizer", "watchdog"),
+    + ("prefetch", "pretrained", "run_files", "schedules", "sharding", "state_tree", "stats")
+    + ("template_process", "tokenizer", "watchdog"),
     ("attention", "chat_template", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout")
     + ("nll", "parameters", "policies", "reading", "safetensors_file", "seeds"),
     ("cache", "chat", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer")
@@ -29,7 +29,8 @@ LAYERS = (
     ("dit", "flops", "levels"),
     ("loss",),
     ("config", "likelihood", "presets", "sampler", "train_step"),
-    ("base", "importing", "plan", "speed"),
+    ("base", "plan", "speed"),
+    ("importing",),
     ("generation",),
     ("asking", "converting", "exporting", "trainer"),
     ("__init__",),

@@ -181,3 +181,27 @@ def test_the_command_line(home, monkeypatch, capsys):
 
 def _end():
     raise EOFError
+
+
+def test_an_unknown_role_is_exit_code_2_and_leaves_nothing_behind(home, tmp_path, capsys):
+    record = {"messages": [{"role": "user", "content": "x"}, {"role": "bot", "content": "y"}]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps(record))
+    (tmp_path / "config.py").write_text(
+        "from dataclasses import replace\n"
+        "import bdjax\n"
+        "def get_config(start):\n"
+        f"    chats = bdjax.ChatLines(paths=({str(file)!r},))\n"
+        "    return replace(start, data=replace(start.data, source=chats))\n"
+    )
+    run = tmp_path / "run"
+    start = ["--start", str(home / "chat"), "--run", str(run)]
+    for words in (
+        ["train", str(tmp_path / "config.py"), *start],
+        ["sample", str(home / "chat"), "--prompts", str(file)],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and len(said.err.strip().splitlines()) == 1
+        assert "chats.jsonl, line 1: message 2 has the role 'bot'; expected one of" in said.err
+    assert not run.exists()

@@ -194,7 +194,7 @@ def test_the_moving_average_is_what_is_read_alone(tmp_path):
     state = {"params": {"w": jnp.zeros(3)}, "ema": {"w": jnp.ones(3)}, "step": jnp.zeros(())}
     save(tmp_path, 1, state)
     # The rest is not read: it may even be gone bad.
-    flip(next((tmp_path / "checkpoints" / "1" / "arrays" / "params").rglob("d/*")), 0)
+    flip(largest(tmp_path / "checkpoints" / "1" / "arrays" / "params"), 0)
     assert_equal(restore_params(tmp_path, state["params"])[1], state["ema"])
     with pytest.raises(CheckpointError, match="arrays/params/.* have changed"):
         Checkpoints(tmp_path).restore(state)

@@ -240,14 +240,14 @@ def test_what_is_no_run_is_named(cli, command, home, tmp_path):
     foreign = tmp_path / "foreign" / "checkpoints" / "7"
     foreign.mkdir(parents=True)
     (foreign / "weights.bin").write_bytes(b"x")
-    for folder, words in {
-        "nowhere": "there is no folder .*nowhere; type the folder of a run",
-        "config.py": "there is no folder .*config.py",
-        "texts": "texts holds no checkpoint: .* type the folder of a run",
-        foreign.parents[1]: "was not written by bdjax .* type the folder of a bdjax run",
+    for folder, (exit_code, words) in {
+        "nowhere": (2, "there is no folder .*nowhere; type the folder of a run.* config.json"),
+        "config.py": (2, "there is no folder .*config.py"),
+        "texts": (2, "texts holds no checkpoint: .* type the folder of a run"),
+        foreign.parents[1]: (1, "was not written by bdjax .* type the folder of a bdjax run"),
     }.items():
         code, out, err = cli(f"{command} {folder}")
-        assert (code, out) == (1, "")
+        assert (code, out) == (exit_code, "")
         assert_matches(words, sentence(err))
 
 

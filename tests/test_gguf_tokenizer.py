@@ -114,6 +114,17 @@ def test_bos_heads_a_text_where_the_file_says_so(tmp_path, adds):
     assert pretrained.tokenizer_config["add_bos_token"] is adds
 
 
+@pytest.mark.parametrize("pre", PRES)
+def test_bos_heads_a_text_of_llama_3_where_the_file_is_silent(tmp_path, pre):
+    """As llama.cpp has it: the first files of Llama 3 were written without the key."""
+    path = files.write(
+        tmp_path / "x.gguf", PRES[pre], metadata={"tokenizer.ggml.add_bos_token": None}, pre=pre
+    )
+    found = open_gguf(path)
+    ids = tokenizers.Tokenizer.from_str(found.tokenizer_json).encode("a cat").ids
+    assert (ids[0] == 1) is found.tokenizer_config["add_bos_token"] is (pre == "llama-bpe")
+
+
 def test_a_token_that_is_there_twice_is_refused(tmp_path):
     tokens = [f"{i}" for i in range(281)] + ["7"]
     path = files.write(tmp_path / "x.gguf", metadata={"tokenizer.ggml.tokens": tokens})

@@ -10,9 +10,10 @@ import pytest
 from pretrained import BOS, EOS, IDS, MASK, ROWS, pretrained, tokenizer_json, write_folder
 
 import bdjax
+from bdjax.checkpoint import CheckpointError, Checkpoints
 from bdjax.cli import main
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
-from bdjax.importing import config_of
+from bdjax.importing import config_of, import_model
 from bdjax.tokenizer import BYTE_OF
 
 
@@ -243,3 +244,32 @@ def test_a_folder_writes_text(model_type, tokenizer, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "run"), *asked]) == 0
     assert json.loads(capsys.readouterr().out) == direct
+
+
+def test_an_import_that_fails_leaves_an_old_folder_as_it_was(tokenizer, tmp_path, monkeypatch):
+    """A full disk, say: what the user had there stays, and the next import finds it free."""
+    source = write_folder(tmp_path / "model", pretrained("sdar"), tokenizer)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+
+    def full(self, *state):
+        (self._run / "checkpoints" / "0").mkdir(parents=True)
+        raise CheckpointError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", full)
+        with pytest.raises(CheckpointError, match="no room"):
+            import_model(source, run)
+        with pytest.raises(CheckpointError, match="no room"):
+            import_model(source, tmp_path / "new")
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_cannot_start_from_a_model_folder(tokenizer, tmp_path, capsys):
+    source = write_folder(tmp_path / "model", pretrained("sdar"), tokenizer)
+    words = ["train", "configs/convert_default.py", "--start", str(source)]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"bdjax import {source}" in said and not (tmp_path / "run").exists()

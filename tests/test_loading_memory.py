@@ -1,4 +1,4 @@
-"""A model is read without a second copy of it, on one device and on four."""
+"""A model is read, and imported, without a second copy of it; on one device and on four."""
 
 import json
 import os
@@ -31,6 +31,7 @@ import json, sys
 from pathlib import Path
 import jax
 from bdjax import weights
+from bdjax.checkpoint import Checkpoints
 from bdjax.embedding import TokenEmbedding
 from bdjax.families import family_of
 from bdjax.family_config import decoder_config, rows_of
@@ -55,13 +56,16 @@ jax.devices()
 before, seen = peak(), []
 with jax.set_mesh(make_mesh(fsdp=len(jax.devices()))):
     params = weights.load_parameters(found, wanted, progress=lambda *x: seen.append(x))
+    if sys.argv[2:]:
+        with Checkpoints(sys.argv[2]) as checkpoints:
+            checkpoints.save(0, {"params": params}, "{}")
 print(json.dumps({"grown": peak() - before, "seen": seen[-1]}))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """0.76 GB of bfloat16 whose tensors are zeros: a file with holes."""
+    """0.76 GB of bfloat16: noise, since compressed zeros would take no memory."""
     path = tmp_path_factory.mktemp("model")
     small = pretrained("qwen3", num_hidden_layers=7, tie_word_embeddings=True)
     ours = config("qwen3", **SIZES)
@@ -72,19 +76,27 @@ def folder(tmp_path_factory):
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             wide = [1024, 2048]
         shapes[name] = (tuple(wide), np.dtype(ml_dtypes.bfloat16))
-    safetensors_file.write(
-        path / "model.safetensors", shapes, lambda n: np.zeros(shapes[n][0], ml_dtypes.bfloat16)
-    )
+    rng = np.random.default_rng(0)
+
+    def noise(name):
+        return rng.integers(0, 2**14, shapes[name][0], np.uint16).view(ml_dtypes.bfloat16)
+
+    safetensors_file.write(path / "model.safetensors", shapes, noise)
     (path / "config.json").write_text(json.dumps(ours))
     return path
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is used")
-@pytest.mark.parametrize("devices", [1, 4])
-def test_peak_memory_is_below_1_3_times_the_file(folder, devices):
+@pytest.mark.parametrize(
+    ("devices", "saves", "most"), [(1, False, 1.3), (4, False, 1.3), (1, True, 1.4)]
+)
+def test_peak_memory_is_little_more_than_the_file(folder, devices, saves, most, tmp_path):
+    """Saved as a run too: 1.10 with all layers of a 1.7 B model (3.44 GB), of which the programs'
+    own memory is a smaller part. Orbax's database of all arrays would make that 2.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)],
+        [sys.executable, "-c", PROGRAM, str(folder), *[str(tmp_path / "run")] * saves],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -93,4 +105,4 @@ def test_peak_memory_is_below_1_3_times_the_file(folder, devices):
     said = json.loads(done.stdout.splitlines()[-1])
     size = (folder / "model.safetensors").stat().st_size
     assert said["seen"][0] == said["seen"][1] > 0.99 * size
-    assert size < said["grown"] < 1.3 * size
+    assert size < said["grown"] < most * size

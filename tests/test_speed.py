@@ -36,9 +36,12 @@ def read(speed, clock, step, seconds, tokens=10):
 
 def test_a_reading_is_the_mean_over_the_window():
     clock = Clock()
-    speed = Speed(lambda documents, size: size * sum(documents), 1000.0, lambda x: [x.size], clock)
+    speed = Speed(
+        lambda documents, labels, size: size * sum(documents), 1000.0, lambda x: [x.size], clock
+    )
     for step in range(1, 31):
-        speed.hand(step, np.zeros((1, 50 if step <= 10 else 100), int))
+        segment = np.zeros((1, 50 if step <= 10 else 100), int)
+        speed.hand(step, segment, segment > 0)
     assert read(speed, clock, 1, 60.0) == {}  # the first step also compiles
     found = read(speed, clock, 2, 2.0, tokens=6)
     assert found == {"step_seconds": 2.0, "tokens_per_second": 3.0, "mfu": 4 * 50 / 2 / 1000}
@@ -61,16 +64,23 @@ def test_mfu_is_model_flops_over_the_peak_of_the_mesh(tmp_path, monkeypatch):
     config = tiny_config(texts(tmp_path))
     model = config.build_model()
     segment = np.array([[1] * 20 + [2] * 10 + [0] * 2] * 4)
+    # The second document is an answer of three tokens to a prompt.
+    trainable = np.array([[False] + [True] * 19 + [False] * 7 + [True] * 3 + [False] * 2] * 4)
     monkeypatch.setattr(module, "chip_of", lambda kind: H100)
     clock = Clock()
     with jax.set_mesh(make_mesh(data=4)):
         speed = speed_of(config, model, clock)
     for step in (1, 2):
-        speed.hand(step, segment)
+        speed.hand(step, segment, trainable)
         found = read(speed, clock, step, 0.5)
     share = scored_share(config.objective, 4)
     documents = documents_of(segment, config.objective)
-    work = step_flops(model, config.objective, documents, block_size=4, share=share).total
+    counted = {"block_size": 4, "share": share}
+    whole = step_flops(model, config.objective, documents, **counted)
+    answers = step_flops(model, config.objective, documents, labels=4 * 22, **counted)
+    assert answers.body == whole.body and answers.attention == whole.attention
+    assert answers.head == pytest.approx(whole.head * 22 / 28)
+    work = answers.total
     assert found["mfu"] == pytest.approx(work / 0.5 / (4 * H100.flops))
 
 

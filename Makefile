@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" -q
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" -q
 
 # On the code that users run: tests/conftest.py would have XLA compile quickly instead.
 test-slow: export XLA_FLAGS += --xla_backend_optimization_level=3

@@ -1,9 +1,8 @@
 """Eight virtual CPU devices, full float32 products, a compilation cache, checked shapes.
 
 Nearly all time of these tests is compilation of programs that run once, so XLA is asked for quick
-rather than fast code: a third of the time. Without what it would gain by optimising, laws that
-compare two programs hold as they do with it (`XLA_FLAGS=--xla_backend_optimization_level=3` runs
-the tests on the code that users run).
+rather than fast code: a third to a half of the CPU time. `make test-slow` runs on the code that
+users run; so does any test with `XLA_FLAGS=--xla_backend_optimization_level=3`.
 """
 
 import gc

@@ -13,6 +13,8 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" -q
 
+# On the code that users run: tests/conftest.py would have XLA compile quickly instead.
+test-slow: export XLA_FLAGS += --xla_backend_optimization_level=3
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" -q
 

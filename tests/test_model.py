@@ -155,7 +155,8 @@ def test_remat_and_unrolled_layers_change_no_gradient(change):
 
     kept, again = gradient(LLAMA), gradient(dataclasses.replace(LLAMA, **change))
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
-        assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
+        # Entries that cancel are as exact as those that they are summed from.
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
 
 
 def named_again(jaxpr, inside: bool = False) -> int:

@@ -12,6 +12,9 @@ of 1024 in place of 8192 tokens, 32 in place of 1024 of them, fewer steps; learn
 (the paper: 1e-5 for 4 B to 8 B parameters), which are those of configs/convert_default.py so that
 objectives are compared. The largest block is an argument of `get_config`; with another number of
 steps on the command line, objective.block_size.double_every and objective.ar_weight.end move too.
+
+Measured so far (H100, 2026-11-27; SmolLM2-135M, Q4_1; blocks to 8, 600 steps, 18 M tokens):
+held-out bound 1.292 bits/byte in blocks of 8, AR before 1.059 and after 0.962.
 """
 
 from dataclasses import replace

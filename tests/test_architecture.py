@@ -21,7 +21,7 @@ LAYERS = (
     + ("prefetch", "pretrained", "run_files", "schedules", "sharding", "state_tree", "stats")
     + ("template_process", "tokenizer", "watchdog"),
     ("attention", "chat_template", "checkpoint", "data", "gguf_header", "hf_tokenizer", "layout")
-    + ("nll", "parameters", "policies", "reading", "safetensors_file", "seeds"),
+    + ("nll", "parameters", "policies", "reading", "safetensors_file", "seeds", "unstacking"),
     ("cache", "chat", "draws", "embedding", "families", "gguf_tensors", "gguf_tokenizer")
     + ("hf_folder", "lora", "muon", "readout", "sources"),
     ("gguf_file", "model", "noise", "optim", "weights"),

@@ -132,7 +132,9 @@ def train(
             return LanguageModel(config=config, model=model, params=state.averaged)
 
         def save():
-            # What the log says of these steps is on the disk before the checkpoint is.
+            # The save in flight may hold the room that the log needs, and give it back. What the log
+            # says of these steps is on the disk before the checkpoint is.
+            saves.settle()
             show(writer.flush())
             saves.save(done, state, data.get_state())
 
@@ -204,9 +206,13 @@ class _Saves:
         """A save that has failed: no room is a warning, anything else is raised."""
         self._warning(self._kept.check)
 
+    def settle(self) -> None:
+        """Waits for the save in flight; no room is a warning."""
+        self._warning(self._kept.wait)
+
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
         """Starts to save `step`, once."""
-        self._warning(self._kept.wait)
+        self.settle()
         if step > self._written:
             # What is frozen stands in the run's base, once.
             self._kept.save(step, state._replace(frozen=None), self._config, data_state)

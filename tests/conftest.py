@@ -69,3 +69,8 @@ def few_memory_maps():
         jax.clear_caches()
         gc.collect()
     yield
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -114,6 +114,7 @@ def no_logits(text: str, rows: int, vocabulary: int) -> None:
         assert not long or WIDTH in buffer.shape, buffer
 
 
+@pytest.mark.long
 def test_the_train_step_of_a_slice_calls_the_kernels_and_holds_no_square_and_no_logits(spine):
     """v5e-16, explicit sharding: forward twice (rematerialised), both backward kernels, a layer."""
     text = compile_step(spine, "v5e-16").compiled.as_text()
@@ -126,6 +127,7 @@ def test_the_train_step_of_a_slice_calls_the_kernels_and_holds_no_square_and_no_
     no_logits(text, LENGTH, spine.vocab_size)
 
 
+@pytest.mark.long
 def test_the_sampler_of_a_slice_calls_the_window_kernel_and_copies_no_cache(spine):
     """The loop of `advance` on v5e-16: a window call a layer in each of its two forward passes
     (fused and not), and temporaries far below the cache of 4 rows and 4 heads a device."""

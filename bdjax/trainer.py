@@ -132,7 +132,7 @@ def train(
             return LanguageModel(config=config, model=model, params=state.averaged)
 
         def save():
-            # The save in flight may hold the room that the log needs, and give it back. What the log
+            # The save in flight may hold room that the log needs, and give it back. What the log
             # says of these steps is on the disk before the checkpoint is.
             saves.settle()
             show(writer.flush())

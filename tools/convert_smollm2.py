@@ -8,8 +8,8 @@ python tools/convert_smollm2.py decode OUT default-8
 python tools/convert_smollm2.py report OUT docs/conversion.md
 
 MIX/train/*.jsonl.zst and MIX/heldout/*.jsonl.zst hold a document {"text": ..} a line. Everything is
-in OUT: what has a result in OUT/results is not done again, and a training that was cut off goes on
-where it was. `train` takes a recipe of configs/convert_*.py.
+in OUT: what has a result in OUT/results is not done again, unless its run was trained further, and
+a training that was cut off goes on where it was. `train` takes a recipe of configs/convert_*.py.
 """
 
 import argparse
@@ -254,6 +254,8 @@ def measure(args) -> None:
             f"--block-sizes {uneven[0]} does not divide {rows.WIDEST}, to whose multiples texts "
             "are cut; type some of 1 2 4 8 16"
         )
+    if args.draws < 2:
+        raise ValueError(f"--draws {args.draws} gives no standard error; type --draws 8")
     name = f"measure-{args.run}"
     if still_holds(args.out, name, args.run):
         _done(args.out, name, f"{args.run} is measured")

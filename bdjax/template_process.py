@@ -7,6 +7,7 @@ reads JSON lines: {"template", "begin", "end"} first, then requests; each is ans
 bdjax: importing JAX would cost every start seconds.
 """
 
+import codecs
 import json
 import pprint  # noqa: F401
 import resource
@@ -14,6 +15,7 @@ import signal
 import sys
 import textwrap  # noqa: F401
 import time
+import unicodedata  # noqa: F401
 from datetime import datetime
 from typing import Any
 
@@ -90,8 +92,9 @@ def render(template: jinja2.Template, request: dict[str, Any]) -> dict[str, str]
 def confine(memory: int) -> None:
     """From here on: no more than `memory` bytes, and no file can be opened.
 
-    What Jinja would import later is imported above, and the time zone is read before.
+    What Jinja and Python would read later, for filters, string literals and errors, is read before.
     """
+    codecs.lookup("unicode_escape")
     time.tzset()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)

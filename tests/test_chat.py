@@ -207,7 +207,8 @@ def test_large_messages_pass_both_ways():
 
 def test_a_template_opens_no_file_and_needs_none():
     """What Jinja and Python read late, they have read before."""
-    late = "{{ messages|pprint }} {{ 'a b c'|wordwrap(3) }} {{ strftime_now('%H') }}"
+    late = r"{{ messages|pprint }} {{ 'a b c'|wordwrap(3) }} {{ '\N{BULLET}\u00e9' }}"
+    late += "{{ {'a': [1.5, 'b']}|tojson(indent=2)|urlencode }} {{ strftime_now('%H') }}"
     with renderer(late + "{{ messages[0].content.none.none }}") as started:
         limits = resource.prlimit(started._process.pid, resource.RLIMIT_NOFILE)
         assert limits == (3, 3)
@@ -218,7 +219,7 @@ def test_a_template_opens_no_file_and_needs_none():
     with renderer(late) as started:
         hour = datetime.now().strftime("%H")
         said = started.render(HI)
-        assert said.startswith("[{'content': 'Hi', 'role': 'user'}] a b\nc ")
+        assert said.startswith("[{'content': 'Hi', 'role': 'user'}] a b\nc \u2022\u00e9%7B")
         assert said[-2:] in (hour, datetime.now().strftime("%H"))
 
 

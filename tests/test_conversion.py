@@ -218,6 +218,24 @@ def test_results_hold_until_the_run_is_trained_further(tmp_path):
     assert holds_after("measure-a", 600)
 
 
+def test_a_sample_is_judged_by_its_bytes_and_not_by_its_end(out, mix):
+    """Bits of all texts over bytes of all texts; the token that ends one is neither."""
+    ar = bits.as_ar(bdjax.load(out / "start"))
+    tokenizer = ar.config.tokenizer
+    ids = rows.held_out(mix, tokenizer, 128, 300)["cat"][0]
+    prompts, long, short = np.stack([ids[:8]] * 2), ids[8:40], ids[8:20]
+
+    def judged(*written):
+        return decoding.judge(ar, prompts, written)["judge_bits_per_byte"]
+
+    sizes = [tokenizer.token_bytes()[x].sum() for x in (long, short)]
+    bits_of = [judged(long, long) * sizes[0], judged(short, short) * sizes[1]]
+    assert bits_of[0] > 1.5 * bits_of[1]
+    assert judged(long, short) == pytest.approx(sum(bits_of) / sum(sizes), rel=1e-5)
+    ended = np.append(short, tokenizer.eos_id)
+    assert judged(long, ended) == pytest.approx(judged(long, short), rel=1e-6)
+
+
 PAGES = {
     "# P\n\ntext\n": "# P\n\ntext\n\n## Results\n\nnew\n",
     "## Results\nold\n": "## Results\n\nnew\n",

@@ -254,6 +254,20 @@ def test_a_page_keeps_what_stands_around_its_results(before):
     assert page_of.replaced(PAGES[before], "new") == PAGES[before]
 
 
+def test_a_page_is_written_whole_or_not_at_all(out, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("# P\n")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert tool.main(["report", str(out), str(page)]) == 2
+    assert "pip install 'bdjax[plot]'" in capsys.readouterr().err
+    assert page.read_text() == "# P\n" and list(tmp_path.iterdir()) == [page]
+    pytest.importorskip("matplotlib")
+    assert tool.main(["report", str(out), str(page)]) == 0
+    assert page.read_text().startswith("# P\n\n## Results\n\ntiny.gguf on ")
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "page.png"}
+
+
 def test_a_card_with_memory_is_an_override_of_any_recipe(out):
     found = result(out, "start")
     config = tool.config_of(out, found, "default", 4, 10, ["model.remat=none", "model.unroll=2"])

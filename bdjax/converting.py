@@ -42,8 +42,8 @@ def convert_model(
     mask_id: of the mask token, by default the first id that the embedding has and the tokenizer
     does not name, else a new one behind all others. A run that cannot be finished is taken away.
 
-    Raises PretrainedError for a model that is no AR model, and for a mask_id that means something;
-    CheckpointError where `run` has checkpoints already.
+    Raises PretrainedError for a model that is no AR model, a mask_id that means something and a
+    block_size that does not divide the rows; CheckpointError where `run` has checkpoints already.
     """
     check_free(run)
     loaded = load(path, dtype="float32", mesh=MeshConfig(), progress=progress)
@@ -65,6 +65,14 @@ def with_mask(
     if not (isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.size):
         raise PretrainedError(
             f"{path} is a run of ours, which has a mask token; type bdjax train --start {path}"
+        )
+    length = loaded.config.data.row_length
+    if block_size < 1 or length % block_size:
+        # The largest power of two that does, and is no larger: recipes double up to it.
+        fits = 1 << min(max(block_size, 1), length & -length).bit_length() - 1
+        raise PretrainedError(
+            f"block_size={block_size} does not divide the rows of {length} tokens of {path}; type "
+            f"--block-size {fits}"
         )
     rows, named = tokenizer.size, tokenizer.file_size
     mask = mask_id if mask_id is not None else min(named, rows)

@@ -254,7 +254,8 @@ def rows_of(pretrained: Pretrained, family: Family) -> int:
     read = ConfigReader(pretrained, family)
     size = read.integer("vocab_size")
     # LLaDA's table may be padded beyond its vocabulary; it alone has the key.
-    return read.integer("embedding_size", size) if family.keys else size
+    padded = family.decoding is Decoding.WHOLE and not family.modulated
+    return read.integer("embedding_size", size) if padded else size
 
 
 def _arithmetic(pretrained: Pretrained, family: Family) -> str:

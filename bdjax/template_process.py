@@ -1,26 +1,34 @@
 """Renders one chat template, as a process of its own: memory and time of a template end with it.
 
 Run by `bdjax.chat_template` as a script, with the bytes of memory that it may take and the seconds
-after which it ends by itself if nobody is left to end it. It reads JSON
-lines: {"template", "begin", "end"} first, then requests; each is answered by {"text": ..} or
-{"error": ..}, after an empty line that says it is ready. It imports nothing of bdjax: importing JAX
-would cost every start seconds.
+after which it ends by itself if nobody is left to end it. It opens no file once it is ready. It
+reads JSON lines: {"template", "begin", "end"} first, then requests; each is answered by
+{"text": ..} or {"error": ..}, after an empty line that says it is ready. It imports nothing of
+bdjax: importing JAX would cost every start seconds.
 """
 
+import codecs
 import json
+import pprint  # noqa: F401
 import resource
 import signal
 import sys
+import textwrap  # noqa: F401
+import time
+import unicodedata  # noqa: F401
 from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.debug
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_CHARACTERS = 2**23
+# Those of input, output and messages, which are open: none can be opened beside them.
+_FILES = 3
 
 
 class Generation(Extension):
@@ -81,12 +89,23 @@ def render(template: jinja2.Template, request: dict[str, Any]) -> dict[str, str]
     return {"text": "".join(pieces)}
 
 
+def confine(memory: int) -> None:
+    """From here on: no more than `memory` bytes, and no file can be opened.
+
+    What Jinja and Python would read later, for filters, string literals and errors, is read before.
+    """
+    codecs.lookup("unicode_escape")
+    time.tzset()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
+
+
 def main() -> None:
     """Answers line by line until the input ends."""
-    limit, seconds = int(sys.argv[1]), int(sys.argv[2])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    seconds = int(sys.argv[2])
+    confine(int(sys.argv[1]))
     # All of Jinja is here: time is the template's from now on.
     print(flush=True)
     signal.alarm(seconds)

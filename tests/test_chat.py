@@ -2,8 +2,10 @@
 
 import json
 import re
+import resource
 import warnings
 from dataclasses import replace
+from datetime import datetime
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +203,24 @@ def test_large_messages_pass_both_ways():
     with renderer("{{ messages[0].content }}") as started:
         long = "é𝄞" * 300_000
         assert started.render([{"role": "user", "content": long}]) == long
+
+
+def test_a_template_opens_no_file_and_needs_none():
+    """What Jinja and Python read late, they have read before."""
+    late = r"{{ messages|pprint }} {{ 'a b c'|wordwrap(3) }} {{ '\N{BULLET}\u00e9' }}"
+    late += "{{ {'a': [1.5, 'b']}|tojson(indent=2)|urlencode }} {{ strftime_now('%H') }}"
+    with renderer(late + "{{ messages[0].content.none.none }}") as started:
+        limits = resource.prlimit(started._process.pid, resource.RLIMIT_NOFILE)
+        assert limits == (3, 3)
+        with pytest.raises(TemplateError, match="has no attribute 'none'"):
+            started.render(HI)
+        with pytest.raises(TemplateError, match="has no attribute 'none'"):
+            started.render(HI)
+    with renderer(late) as started:
+        hour = datetime.now().strftime("%H")
+        said = started.render(HI)
+        assert said.startswith("[{'content': 'Hi', 'role': 'user'}] a b\nc \u2022\u00e9%7B")
+        assert said[-2:] in (hour, datetime.now().strftime("%H"))
 
 
 def test_faults_of_a_template_are_sentences(tmp_path):

@@ -112,10 +112,12 @@ def test_what_cannot_be_converted_says_why(model, start, tmp_path, capsys):
     for words, said in (
         (["--mask-id", "5"], f"ids from {IDS} to {ROWS}"),
         (["--mask-id", str(ROWS + 1)], f"--mask-id {IDS}"),
-        (["--block-size", "0"], "block_size"),
+        (["--block-size", "0"], "type --block-size 1"),
+        (["--block-size", "24"], "type --block-size 16"),
+        (["--block-size", "9999"], "does not divide the rows of "),
     ):
         run = tmp_path / "run"
-        assert main(["convert", str(model), "--run", str(run), *words]) in (1, 2)
+        assert main(["convert", str(model), "--run", str(run), *words]) == 2
         assert said in capsys.readouterr().err and not run.exists()
     assert (
         main(["convert", start.config.tokenizer.path[: -len("/tokenizer.json")], "--run", "x"]) == 2

@@ -1,5 +1,6 @@
 """`tools/text_mix.py`: documents out of packages, whole, once, on one side; no network."""
 
+import gzip
 import json
 import os
 import re
@@ -328,8 +329,37 @@ def test_tools_and_lists_that_are_not_there_say_what_to_type(tools, tmp_path, mo
     assert list(tools.iterdir()) == []
 
 
+def npm_package(path, files):
+    path.write_bytes(gzip.compress(tar_of(files)))
+    return Npm(name="@a/b", version="1.0")
+
+
 def test_an_npm_package_is_the_archive_itself(tmp_path):
     about = json.dumps({"name": "@a/b", "version": "1.0"}).encode()
-    (tmp_path / "a-b-1.0.tgz").write_bytes(tar_of({"package/package.json": about}))
-    package = Npm(name="@a/b", version="1.0")
+    package = npm_package(tmp_path / "a-b-1.0.tgz", {"package/package.json": about})
     assert package.identity(package.fetch(tmp_path)) == ("@a/b", "1.0")
+
+
+@pytest.mark.parametrize("about", [None, b"[]", b"{", b'{"name": "a"}'])
+def test_a_damaged_npm_archive_is_named(about, tmp_path):
+    path = tmp_path / "a-b-1.0.tgz"
+    package = npm_package(path, {} if about is None else {"package/package.json": about})
+    with pytest.raises(PackageError, match="a-b-1.0.tgz is damaged .*package.json.*; delete it"):
+        package.identity(path)
+
+
+def test_bytes_changed_inside_an_npm_archive_are_found(tmp_path):
+    """Also where what they unpack to still is a tar archive."""
+    text = "".join(f"line {n}\n" for n in range(9_000)).encode()
+    path = tmp_path / "a-b-1.0.tgz"
+    package = npm_package(path, {"package/a.txt": text})
+    assert package.files(path, ".*") == {"package/a.txt": text}
+    whole = path.read_bytes()
+    for place in (len(whole) // 4, len(whole) // 2):
+        for filling in (bytes(64), b"\xff" * 64):
+            path.write_bytes(whole[:place] + filling + whole[place + 64 :])
+            with pytest.raises(PackageError, match="a-b-1.0.tgz is damaged"):
+                package.files(path, ".*")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PackageError, match="a-b-1.0.tgz is damaged"):
+        package.files(path, ".*")

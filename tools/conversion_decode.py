@@ -74,7 +74,10 @@ def prompts_of(found: dict[str, Windows], prompt: int, tokens: int, count: int) 
 def judge(
     ar: bdjax.LanguageModel, prompts: Int[np.ndarray, "N P"], written: Sequence[np.ndarray]
 ) -> dict:
-    """Bits per byte of the texts under the AR model, and how varied they are."""
+    """Bits per byte of the texts under the AR model, and how varied they are.
+
+    All bits over all bytes. Tokens without bytes, as the one that ends a text, are not scored.
+    """
     tokenizer = ar.config.tokenizer
     sizes = tokenizer.token_bytes()
     width = prompts.shape[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 HEADING = "## Results"
@@ -12,16 +13,25 @@ DRAWN = "threshold"
 def write(results: Path, page: Path) -> None:
     """Replaces the section HEADING of the page, or adds it at its end; draws page.png beside it.
 
-    Raises FileNotFoundError where there is no page.
+    Raises FileNotFoundError where there is no page, ValueError without matplotlib.
     """
     text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(f"\n{HEADING}\n")
-    _, found, after = rest.partition("\n## ")
     picture = page.with_suffix(".png")
-    draw(results, picture)
     section = "\n\n".join([*tables(results), f"![curves]({picture.name})"])
-    tail = f"\n## {after}" if found else ""
-    page.write_text(f"{before.rstrip()}\n\n{HEADING}\n\n{section}\n{tail}", encoding="utf-8")
+    draw(results, picture)
+    part = page.with_name(f"{page.name}.part")
+    part.write_text(replaced(text, section), encoding="utf-8")
+    part.replace(page)
+
+
+def replaced(text: str, section: str) -> str:
+    """The page with `section` below HEADING, up to the next heading of its level or above."""
+    found = re.search(rf"^{HEADING}[ \t]*$", text, re.MULTILINE)
+    before, rest = (text, "") if found is None else (text[: found.start()], text[found.end() :])
+    following = re.search(r"^##? ", rest, re.MULTILINE)
+    after = "" if following is None else rest[following.start() :]
+    parts = [before.rstrip(), HEADING, section, after]
+    return "\n\n".join(part for part in parts if part).rstrip("\n") + "\n"
 
 
 def _all(results: Path, kind: str) -> dict[str, dict]:
@@ -130,7 +140,10 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _sweep(reference: dict, decoded: dict[str, dict], trained_at: dict[str, int]) -> str:
-    """Every rule at temperature 1, and the greedy thresholds; each run at its own block size."""
+    """Every rule at temperature 1, and the greedy thresholds; each run at its own block size.
+
+    The samples below show all block sizes, the picture thresholds at temperature 1 of all of them.
+    """
 
     def shown(name: str, one: dict) -> bool:
         own = one["block_size"] == trained_at.get(name, one["block_size"])
@@ -170,8 +183,9 @@ def _sweep(reference: dict, decoded: dict[str, dict], trained_at: dict[str, int]
     head += ["distinct pairs", "entropy of tokens, bits", "tokens written"]
     return (
         f"Continuations of {reference['asked']['prompts']} held-out texts by "
-        f"{reference['asked']['tokens']} tokens, judged by the AR model before:\n\n"
-        + _table(head, lines)
+        f"{reference['asked']['tokens']} tokens, judged by the AR model before. Shown is each run "
+        "in blocks of its own size, under every rule at temperature 1 and under thresholds alone "
+        "at temperature 0; OUT/results/decode-RUN.json has the rest.\n\n" + _table(head, lines)
     )
 
 
@@ -198,10 +212,15 @@ def _cell(text: str) -> str:
 
 
 def draw(results: Path, path: Path) -> None:
-    """Three panels: bound on the way, bound against the block size, speed against quality."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Three panels: bound on the way, bound against the block size, speed against quality.
 
+    Raises ValueError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a picture needs matplotlib; type pip install 'bdjax[plot]'") from error
     begun = _start(results)
     decoded = _all(results, "decode")
     reference = decoded.pop("start", None)

@@ -59,11 +59,25 @@ def windows(path: Path, tokenizer: Tokenizer, length: int, tokens: int) -> Windo
 
 
 def held_out(mix: Path, tokenizer: Tokenizer, length: int, tokens: int) -> dict[str, Windows]:
-    """The windows of every source of the mix's held-out side."""
-    return {
+    """The windows of every source of the mix's held-out side.
+
+    Raises ValueError for a source without one, and for a `length` in which none has room.
+    """
+    if length < WIDEST:
+        raise ValueError(
+            f"rows of {length} tokens hold no window of {WIDEST}; type --row-length 1024"
+        )
+    found = {
         name: windows(path, tokenizer, length, tokens)
         for name, path in sources(mix, "heldout").items()
     }
+    for name, texts in found.items():
+        if not texts:
+            raise ValueError(
+                f"{mix / 'heldout'} has no text of {WIDEST - 1} tokens or more of {name}; take its "
+                "files out of the mix"
+            )
+    return found
 
 
 def fingerprint(found: Mapping[str, Windows]) -> str:

@@ -8,14 +8,15 @@ python tools/convert_smollm2.py decode OUT default-8
 python tools/convert_smollm2.py report OUT docs/conversion.md
 
 MIX/train/*.jsonl.zst and MIX/heldout/*.jsonl.zst hold a document {"text": ..} a line. Everything is
-in OUT: what has a result in OUT/results is not done again, and a training that was cut off goes on
-where it was. `train` takes a recipe of configs/convert_*.py.
+in OUT: what has a result in OUT/results is not done again, unless its run was trained further, and
+a training that was cut off goes on where it was. `train` takes a recipe of configs/convert_*.py.
 """
 
 import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,12 +34,14 @@ import conversion_decode as decoding  # noqa: E402
 import conversion_report  # noqa: E402
 import conversion_rows as rows  # noqa: E402
 import smollm2  # noqa: E402
-from arguments import positive  # noqa: E402
+from arguments import positive, positive_number  # noqa: E402
 
 import bdjax  # noqa: E402
 from bdjax.metrics import LOG  # noqa: E402
 
 BLOCK_SIZES = (1, 4, 8, 16)
+# Folders in OUT that are no training's.
+TAKEN = ("start", "results", "xla")
 
 
 def _result(out: Path, name: str) -> Path:
@@ -57,6 +60,11 @@ def _write(out: Path, name: str, found: dict) -> None:
     part.write_text(json.dumps(found, indent=1), encoding="utf-8")
     part.rename(path)
     print(f"written: {path}", flush=True)
+
+
+def _done(out: Path, name: str, text: str) -> None:
+    """Says that there is a result already, and how to come by another."""
+    print(f"{text}; remove {_result(out, name)} to do it again")
 
 
 def _begun(out: Path) -> dict:
@@ -91,21 +99,37 @@ def _batches(found: dict, loaded: bdjax.LanguageModel, texts: dict[str, rows.Win
     }
 
 
+def _convert(out: Path, path: Path) -> None:
+    """Makes OUT/start of the model, if a `start` that came no further has not.
+
+    Raises ValueError where that was of another model, or did not come to its end.
+    """
+    place, origin = out / "start", {"model": str(path.absolute())}
+    if not place.exists():
+        bdjax.convert_model(path, place)
+        _write(out, "converted", origin)
+    elif _read(out, "converted") != origin:
+        raise ValueError(f"{place} is no whole start from {path}; remove it, or type another OUT")
+
+
 def start(args) -> None:
     """Converts the model into OUT/start and measures it as the AR model that it is."""
-    if _read(args.out, "start") is not None:
-        print(f"{args.out} has its start")
+    found = _read(args.out, "start")
+    if found is not None:
+        text = f"{args.out} has its start, from {found['model']} on {found['mix']}"
+        print(f"{text}; type another OUT for another")
         return
+    for side in ("train", "heldout"):
+        rows.sources(args.mix, side)
     path = args.model
     if path is None:
         path = smollm2.find()
         smollm2.check(path)
     begin = time.monotonic()
-    if not (args.out / "start").exists():
-        bdjax.convert_model(path, args.out / "start")
+    _convert(args.out, path)
     loaded = bdjax.load(args.out / "start", dtype=args.dtype)
     found = {
-        "model": Path(path).name,
+        "model": path.name,
         "mix": str(args.mix.absolute()),
         "row_length": args.row_length,
         "tokens_per_source": args.tokens_per_source,
@@ -149,9 +173,20 @@ def train(args) -> None:
     """Trains a recipe into OUT/RECIPE-B; stopped by --minutes, it goes on when repeated."""
     found = _begun(args.out)
     run = args.name or f"{args.recipe}-{args.block_size}"
+    if not re.fullmatch(r"\w[\w.-]*", run) or run in TAKEN:
+        raise ValueError(
+            f"--name {run} cannot be a run's folder in {args.out}; type letters, digits, - and _, "
+            f"and none of {', '.join(TAKEN)}"
+        )
+    if args.block_size & (args.block_size - 1) or found["row_length"] % args.block_size:
+        raise ValueError(
+            f"--block-size {args.block_size} is no power of two that divides rows of "
+            f"{found['row_length']} tokens; type --block-size 8"
+        )
     record = _read(args.out, f"train-{run}") or {"seconds": 0.0, "finished": False}
     if record["finished"]:
-        print(f"{run} is trained")
+        what = f"{record['recipe']} in blocks of {record['block_size']}, {record['steps']} steps"
+        print(f"{run} is trained: {what}; type --name for another run")
         return
     config = config_of(args.out, found, args.recipe, args.block_size, args.steps, args.overrides)
     begin = time.monotonic()
@@ -199,16 +234,41 @@ def train(args) -> None:
         print("not finished; type the same command again")
 
 
+def _steps(out: Path, run: str) -> int | None:
+    """How far the run was trained when `train` last ended; None for one that it never ended."""
+    return (_read(out, f"train-{run}") or {}).get("steps")
+
+
+def still_holds(out: Path, name: str, run: str) -> bool:
+    """Whether there is a result, and the run has not been trained further since."""
+    found = _read(out, name)
+    return found is not None and found.get("steps") == _steps(out, run)
+
+
 def measure(args) -> None:
     """The bound of OUT/RUN at several block sizes and its AR bits per byte, on the same bytes."""
     found = _begun(args.out)
-    if _read(args.out, f"measure-{args.run}") is not None:
-        print(f"{args.run} is measured")
+    uneven = [size for size in args.block_sizes if rows.WIDEST % size]
+    if uneven:
+        raise ValueError(
+            f"--block-sizes {uneven[0]} does not divide {rows.WIDEST}, to whose multiples texts "
+            "are cut; type some of 1 2 4 8 16"
+        )
+    if args.draws < 2:
+        raise ValueError(f"--draws {args.draws} gives no standard error; type --draws 8")
+    name = f"measure-{args.run}"
+    if still_holds(args.out, name, args.run):
+        _done(args.out, name, f"{args.run} is measured")
         return
     begin = time.monotonic()
     loaded = _load(args.out, args.run, found)
     batches = _batches(found, loaded, _held_out(found, loaded))
-    record = {"run": args.run, "trained": loaded.config.objective.block_size.largest, "bounds": {}}
+    record = {
+        "run": args.run,
+        "steps": _steps(args.out, args.run),
+        "trained": loaded.config.objective.block_size.largest,
+        "bounds": {},
+    }
     record["ar"] = bits.ar_bits(loaded, batches) if bits.has_ar(loaded) else None
     before = found["ar"]["bits_per_byte"]
     for size in args.block_sizes:
@@ -223,18 +283,26 @@ def measure(args) -> None:
         after = record["ar"]["bits_per_byte"]
         print(f"AR after: {after:.4f} bits/byte, {after / before - 1:+.1%} of the model before")
     record["seconds"] = time.monotonic() - begin
-    _write(args.out, f"measure-{args.run}", record)
+    _write(args.out, name, record)
 
 
 def decode(args) -> None:
     """Continues held-out texts by OUT/RUN under every decoding rule, judged by OUT/start as AR."""
     found = _begun(args.out)
-    if _read(args.out, f"decode-{args.run}") is not None:
-        print(f"{args.run} is decoded")
+    if args.run == "start":
+        raise ValueError(
+            "start is the AR model, whose samples stand beside every run's; type a run"
+        )
+    name = f"decode-{args.run}"
+    if still_holds(args.out, name, args.run):
+        _done(args.out, name, f"{args.run} is decoded")
         return
     begin = time.monotonic()
     ar = bits.as_ar(_load(args.out, "start", found))
     loaded = _load(args.out, args.run, found)
+    trained = loaded.config.objective.block_size
+    sizes = args.block_sizes or [n for n in BLOCK_SIZES[1:] if n in trained.sizes]
+    sizes = [loaded.config.block_size(size) for size in sizes or [trained.largest]]
     held_out = _held_out(found, loaded)
     texts = decoding.prompts_of(held_out, args.prompt, args.tokens, args.prompts)
     print(f"{len(texts)} prompts of {args.prompt} tokens with BOS, {args.tokens} tokens to write")
@@ -246,14 +314,13 @@ def decode(args) -> None:
     if reference["asked"] != asked:
         before = " ".join(f"--{name} {number}" for name, number in reference["asked"].items())
         raise ValueError(f"{args.out} has the AR model's samples for {before}; type these")
-    largest = loaded.config.objective.block_size.largest
-    sizes = args.block_sizes or [n for n in BLOCK_SIZES[1:] if n <= largest] or [largest]
     record = {
         "run": args.run,
+        "steps": _steps(args.out, args.run),
         "settings": decoding.sweep(loaded, ar, texts, args.prompt, sizes),
         "seconds": time.monotonic() - begin,
     }
-    _write(args.out, f"decode-{args.run}", record)
+    _write(args.out, name, record)
 
 
 def report(args) -> None:
@@ -286,7 +353,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", choices=("default", "nbdiff", "sdar", "fast_dllm_v2"))
     made.add_argument("--block-size", type=positive, default=8)
     made.add_argument("--steps", type=positive, default=1500)
-    made.add_argument("--minutes", type=float, help="after which this command saves and ends")
+    made.add_argument(
+        "--minutes", type=positive_number, help="after which this command saves and ends"
+    )
     made.add_argument("--name", help="of the run, default RECIPE-B")
     made.add_argument("--set", nargs="*", default=[], dest="overrides", metavar="key=value")
     made = command(measure)
@@ -295,7 +364,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--draws", type=positive, default=8)
     made = command(decode)
     made.add_argument("run")
-    made.add_argument("--block-sizes", type=positive, nargs="+", help="default: those trained")
+    made.add_argument(
+        "--block-sizes", type=positive, nargs="+", help="default: those of 4, 8, 16 in training"
+    )
     made.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt, with BOS")
     made.add_argument("--tokens", type=positive, default=128)
     made.add_argument("--prompts", type=positive, default=64)

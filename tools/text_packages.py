@@ -3,6 +3,7 @@
 Nothing is installed, root is not needed, and an archive that is in the cache is not fetched again.
 """
 
+import gzip
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +124,9 @@ class Debian(Package):
             said = _run(["dpkg-deb", "-f", str(archive), "Package", "Version"]).decode()
         except _FailedError as error:
             raise _damaged(archive, str(error)) from error
-        fields = dict(line.split(": ", 1) for line in said.splitlines())
+        fields = dict(line.partition(": ")[::2] for line in said.splitlines())
+        if not fields.keys() >= {"Package", "Version"}:
+            raise _damaged(archive, "it names no package and version")
         return fields["Package"], fields["Version"]
 
     def tar(self, archive: Path) -> bytes:
@@ -153,12 +157,19 @@ class Npm(Package):
 
     def identity(self, archive: Path) -> tuple[str, str]:
         """From package.json."""
-        about = json.loads(self.files(archive, "package/package.json")["package/package.json"])
-        return about["name"], about["version"]
+        try:
+            about = json.loads(self.files(archive, "package/package.json")["package/package.json"])
+            return about["name"], about["version"]
+        except (LookupError, TypeError, json.JSONDecodeError) as error:
+            raise _damaged(archive, "its package.json names no package and version") from error
 
     def tar(self, archive: Path) -> bytes:
-        """The archive itself."""
-        return archive.read_bytes()
+        """Unpacked as a whole: only the end has the checksum."""
+        packed = archive.read_bytes()
+        try:
+            return gzip.decompress(packed)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _damaged(archive, str(error)) from error
 
 
 class _FailedError(Exception):

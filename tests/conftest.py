@@ -21,7 +21,8 @@ def known(flag: str) -> bool:
     if not library.exists():  # where another jaxlib has its code is not known either
         return False
     with library.open() as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return text.find(flag.encode()) >= 0
+        # As a string of its own: names of flags that are gone stand in a list of them.
+        return text.find(b"\0" + flag.encode() + b"\0") >= 0
 
 
 def set_xla_flags() -> None:

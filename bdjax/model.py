@@ -433,7 +433,9 @@ class Decoder(nn.Module):
                 return Layer(c, parent=None).apply({"params": params}, x, each, *constants)
 
         if c.remat is not Remat.NONE:
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])
+            # With no loop between them XLA would find what is computed again computed already, and
+            # keep all of it.
+            layer = jax.checkpoint(layer, prevent_cse=True, policy=_POLICIES[c.remat])
         kept = []
         for n in range(c.num_layers):
             params = {name: weights[n] for name, weights in own.items()}

@@ -66,6 +66,10 @@ class WindowSizes:
             raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
         if self.rows not in (64, 128):
             raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=64")
+        if self.stages is not None and self.stages < 1:
+            raise ValueError(f"stages={self.stages} must be at least 1; type stages=2")
+        if self.blocks < 1:
+            raise ValueError(f"blocks={self.blocks} must be at least 1; type blocks=132")
 
 
 def window_attention(
@@ -355,7 +359,8 @@ class _Seen(NamedTuple):
             values[some] = jnp.where(seen > 0, held, jnp.zeros_like(held))
 
 
-# Times a scale of at most 1 / 8, still a weight of zero beside the running maximum of no keys.
+# Times the smallest scale, log2(e) / 16, still a weight of zero beside the running maximum of no
+# keys.
 _UNSEEN = 100 * EMPTY
 
 

@@ -308,10 +308,12 @@ def gradients(
     """The gradients of sum(scale * nll) in rows (float32) and in the head (`dtype`).
 
     log_total: the log-sum-exp of each row's logits. From `count` on `scale` is zero and `x` finite.
-    n is a multiple of `ROWS`; `chunk` ids at a time, a multiple of 256, have logit gradients in
-    memory.
+    n is a multiple of `ROWS`; `chunk` ids at a time, a multiple of 256 (else ValueError), have
+    logit gradients in memory.
     """
     check(x.shape[1], x.dtype)
+    if chunk < TILE_COLUMNS or chunk % TILE_COLUMNS:
+        raise ValueError(f"chunk={chunk} must be a multiple of {TILE_COLUMNS}; type chunk=4096")
     width, columns = x.shape[1], ((0, 0), (0, _fill(x.shape[1])))
     x, head = jnp.pad(x, columns), jnp.pad(head, columns)
     # Of no rows at all the gradients are those of one row whose scale is zero.

@@ -27,6 +27,8 @@ BLOCKS = 132
 WIDTHS = (120, 96)
 # Noise is made for so many ids at a time.
 _PIECE = 24
+# More ids than these exceed shared memory.
+_WIDEST = 144
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -101,12 +103,18 @@ def statistics(
     """Statistics of the logits x @ head^T + bias, tile by tile; n is a multiple of 64.
 
     head is a share of a vocabulary that starts at `first_id`; `banned` and the noise's ids are the
-    vocabulary's. Raises NotImplementedError for widths and dtypes not served.
+    vocabulary's. width: ids of a tile, a multiple of 24 up to 144. Raises NotImplementedError for
+    hidden widths and dtypes not served, ValueError for another width of tiles.
     """
     check(x.shape[1], x.dtype)
     rows, ids = x.shape[0], head.shape[0]
     row_tiles, steps = rows // ROWS, x.shape[1] // _STEP
     width = width_for(ids, row_tiles) if width is None else width
+    if width % _PIECE or not 0 < width <= _WIDEST:
+        # Ids behind the last whole piece would have no noise and never be drawn.
+        raise ValueError(
+            f"width={width} must be a multiple of {_PIECE} up to {_WIDEST}; type one of {WIDTHS}"
+        )
     tiles = -(-ids // width)
     pieces = width // _PIECE
     fields = len(Parts._fields)

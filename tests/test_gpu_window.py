@@ -143,6 +143,18 @@ def test_several_warpgroups_two_intervals_holes_and_idle_queries():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, None])
+def test_two_warpgroups_take_turns_over_full_tiles(stages):
+    """Chunks of full tiles alone, of full and masked ones, of a masked one, of none: groups of 3.
+
+    Both warpgroups arrive equally often on every way, or the interpreter would wait for ever.
+    """
+    made = window(prefixes((256, 60, 0), 24), 9, 3)
+    assert _Plan.of(WindowSizes(), 3 * 24, 64, 2).warpgroups == 2
+    check(made, key_tile=64, blocks=12, stages=stages)
+
+
+@pytest.mark.slow
 def test_float16_wide_heads_large_scores_and_one_row():
     """Scores of hundreds; another layer; one row, whose chunks are merged without a gather."""
     made = window(prefixes((150,), 4), 2, 1, width=128, layer=2)
@@ -172,6 +184,9 @@ def test_what_it_refuses():
     refuses(window(prefixes((4,), 2), 1, 1, slots=8), "bfloat16 or float16, not float32", "float32")
     with pytest.raises(ValueError, match="key_tile=100 must be a multiple of 64"):
         WindowSizes(key_tile=100)
+    for name in ("stages", "blocks"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            WindowSizes(**{name: 0})
 
 
 def test_warpgroups_leave_shared_memory_for_two_stages():

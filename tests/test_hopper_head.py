@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpret import interpreted
 
 from bdjax import nll, stats
 from bdjax.readout import Shaping, TokenReadout, readout_stats
 from pallas_kernels import hopper_head, hopper_product, hopper_stats
 
-if jax.__version_info__ < (0, 11):
-    pytest.skip("this jax interprets no accumulators of warpgroups", allow_module_level=True)
-
-from gpu_interpret import interpreted
-
+INTERPRETED = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="this jax interprets no accumulators of warpgroups"
+)
 WIDTH, VOCAB, BANNED = 256, 300, 7
 RNG = np.random.default_rng(0)
 
@@ -39,6 +38,7 @@ def small_chip(request, monkeypatch):
     return hopper_product.tall()
 
 
+@INTERPRETED
 @pytest.mark.parametrize("width", [WIDTH, pytest.param(192, marks=pytest.mark.slow)])
 def test_row_statistics_and_gradients(width, small_chip):
     """Of a count that fills no tile, with a last chunk of ids that is no tile either.
@@ -82,6 +82,7 @@ def test_row_statistics_and_gradients(width, small_chip):
     assert (np.asarray(d_head)[BANNED] == 0).all()
 
 
+@INTERPRETED
 def test_nothing_scored_is_zero(small_chip):
     x, nothing = normals(small_chip, WIDTH), jnp.zeros((small_chip,))
     target = jnp.full((small_chip,), -1, jnp.int32)
@@ -101,6 +102,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(hopper_stats, "BLOCKS", 2)
 
 
+@INTERPRETED
 def test_the_readout_s_nll_by_kernels_is_that_of_its_loops(hopper, monkeypatch):
     """Rows read twice, rows and entries that are not scored."""
     hidden = normals(2, 24, WIDTH)
@@ -123,6 +125,7 @@ def test_the_readout_s_nll_by_kernels_is_that_of_its_loops(hopper, monkeypatch):
         assert one.dtype == want.dtype and distance(one, want) < 4e-3
 
 
+@INTERPRETED
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_draws_by_the_kernel_are_those_of_the_loop(with_bias, hopper, monkeypatch):
     """The same token for every key, and equal statistics; 70 slots are no full tile of rows."""
@@ -168,5 +171,31 @@ def test_the_kernel_s_noise_is_the_sampler_s():
 def test_what_the_kernels_cannot_serve_is_refused():
     with pytest.raises(NotImplementedError, match="16-bit"):
         hopper_head.check(256, jnp.float32)
-    with pytest.raises(NotImplementedError, match="steps of 256, not 896"):
-        hopper_head.check(896, jnp.bfloat16)
+    for width in (64, 128, 320, 100):
+        with pytest.raises(NotImplementedError, match=f"steps of 256, not {width}"):
+            hopper_head.check(width, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("width", [192, 576, 896, 960, 1536, 2048])
+def test_a_third_of_zeros_is_served(width):
+    """Those of small models: SmolLM2's 576 and 960, Qwen2.5's 896."""
+    hopper_head.check(width, jnp.bfloat16)
+
+
+def test_tiles_of_ids_are_whole_pieces_of_noise():
+    """Ids behind the last piece would have no noise and never be drawn."""
+    x, ones = normals(64, WIDTH), jnp.ones(64)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 64))
+    for width in (0, 128, 168):
+        with pytest.raises(ValueError, match=f"width={width} must be a multiple of 24 up to 144"):
+            hopper_stats.statistics(x, HEAD, ones, keys, width=width)
+    assert all(width % 24 == 0 for width in hopper_stats.WIDTHS)
+
+
+def test_chunks_of_gradients_are_whole_tiles():
+    x, ones = normals(hopper_head.ROWS, WIDTH), jnp.ones(hopper_head.ROWS)
+    target = jnp.zeros(hopper_head.ROWS, jnp.int32)
+    with pytest.raises(ValueError, match="chunk=300 must be a multiple of 256"):
+        hopper_head.gradients(
+            x, HEAD, target, ones, ones, jnp.int32(1), dtype=jnp.float32, chunk=300
+        )

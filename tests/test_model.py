@@ -159,17 +159,45 @@ def test_remat_and_unrolled_layers_change_no_gradient(change):
         assert np.allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
 
 
+def bodies(equation) -> list:
+    """The jaxprs inside an equation."""
+    found = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    found = [getattr(body, "jaxpr", body) for body in found]
+    return [body for body in found if hasattr(body, "eqns")]
+
+
+def is_remat(equation) -> bool:
+    return equation.primitive.name in ("remat2", "checkpoint")
+
+
+def guards(jaxpr) -> list[bool]:
+    """Of each rematerialised part, whether XLA is kept from finding it computed already."""
+    found = [e.params["prevent_cse"] for e in jaxpr.eqns if is_remat(e)]
+    return found + [x for e in jaxpr.eqns for body in bodies(e) for x in guards(body)]
+
+
+@pytest.mark.parametrize("remat", [Remat.FULL, Remat.DOTS])
+def test_without_a_loop_xla_may_not_merge_what_is_computed_again(remat):
+    """A loop's body stands apart from its gradient's; unrolled, they are one program. On an H100
+    the gradient of four unrolled layers had 86 products and 132 MiB with FULL as with NONE; kept
+    apart, it has 106 and 61."""
+
+    def guarded(unroll):
+        model = build(dataclasses.replace(LLAMA, remat=remat, unroll=unroll))
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+        gradient = jax.grad(lambda p: (hidden_of(model, p) ** 3).sum())
+        return guards(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    assert set(guarded(LLAMA.num_layers)) == {True} and set(guarded(1)) == {False}
+
+
 def named_again(jaxpr, inside: bool = False) -> int:
     """How many of a forward kernel's results the rematerialised part of a gradient computes."""
     found = 0
     for equation in jaxpr.eqns:
-        again = inside or equation.primitive.name in ("remat2", "checkpoint")
+        again = inside or is_remat(equation)
         found += again and equation.primitive.name == "name" and equation.params["name"] == KEPT
-        for body in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            body = getattr(body, "jaxpr", body)
-            found += named_again(body, again) if hasattr(body, "eqns") else 0
+        found += sum(named_again(body, again) for body in bodies(equation))
     return found
 
 

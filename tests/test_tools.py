@@ -94,6 +94,28 @@ def test_a_wrong_contestant_is_not_timed(fault):
     assert not entry["error"] < race.WRONG
 
 
+def test_of_long_rows_a_part_is_compared_and_the_output_says_which(written):
+    """Float32 of the first and the last row and KV head is what it is among all of them."""
+    case = race.Case(rows=2, heads=6, kv_heads=2, head_dim=8, length=16, block=4)
+    inputs, seen = case.inputs(), case.intervals()
+    whole, part = (race.reference(inputs, seen, units=u) for u in (None, np.array([0, 3])))
+    with jax.default_matmul_precision("highest"):
+        q, k, v, d_out = (x.astype(jnp.float32) for x in inputs)
+        out, pull = jax.vjp(lambda *x: race.Dense().attention(*x, seen)[0], q, k, v)
+        found = out, *pull(d_out)
+    for x, all_units, some in zip(found, whole.arrays, part.arrays, strict=True):
+        np.testing.assert_allclose(all_units, race.units_of(x, 2, np.arange(4)), atol=2e-6)
+        np.testing.assert_array_equal(some, all_units[[0, 3]])
+    wrong = [x.at[1, :, -1].multiply(1.1) for x in found]
+    assert race.error_of(found, part) < 1e-5 < 2e-2 < race.error_of(wrong, part)
+    assert race.Case(kv_heads=8).compared().tolist() == list(range(16))
+    assert race.Case(kv_heads=8, length=8192).compared().tolist() == [0, 15]
+    assert written[0]["compared_rows_and_kv_heads"] == [[0, 0], [1, 0]]
+    assert bench.compared(written[0]).endswith("all rows and heads")
+    described = {"case": {"rows": 2, "kv_heads": 8}, "compared_rows_and_kv_heads": [[0, 0], [1, 7]]}
+    assert "row 0 with KV head 0, row 1 with KV head 7; not the others" in bench.compared(described)
+
+
 @pytest.mark.parametrize("tiles", [(128, 128), (16, 8), (4, 4), (5, 7)])
 def test_tiles_are_counted_as_enumerated(tiles):
     case = race.Case(rows=2, length=64, block=8, documents=20)

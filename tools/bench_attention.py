@@ -10,9 +10,11 @@ bdjax.flops counts 12 H, without the second scores). Causal anchors count their 
 visited/visible: pairs that a kernel computes over those it must.
 
 Before it is timed every contestant is compared with float32 dense attention on the same inputs,
-output and gradients; with a relative error (by norms) above 2e-2 it is not timed. Contestants take
-turns; a number is the median over the repeats. "spread" is the largest minus the smallest, "again"
-how far the medians of the first and the second half of the repeats are apart, in % of the median.
+output and gradients; with a relative error (by norms) above 2e-2 it is not timed. All rows and
+heads are compared, but of long rows only the first row's first KV head and the last row's last one,
+with all their tokens and query heads: the output says which. Contestants take turns; a number is
+the median over the repeats. "spread" is the largest minus the smallest, "again" how far the medians
+of the first and the second half of the repeats are apart, in % of the median.
 
 --window reads one layer of a stacked cache, all slots visible: GB/s of keys and values beside those
 of a device copy (bytes read and written).
@@ -111,11 +113,11 @@ def training(args) -> dict:
         for name, build in known.items()
         if name in (args.only or known)
     }
-    truths = {}
+    truths, units = {}, case.compared()
 
     def expected(mask):
         if id(mask) not in truths and len(mask.a0):
-            truths[id(mask)] = mask, reference(inputs, mask, "backward" in args.passes)
+            truths[id(mask)] = mask, reference(inputs, mask, "backward" in args.passes, units)
         return truths[id(mask)][1]
 
     found = race(contestants, args.passes, expected, repeats=args.repeats, at_least=args.at_least)
@@ -124,7 +126,13 @@ def training(args) -> dict:
             flops = FLOPS[which] * case.head_dim * case.heads * entry["visible_pairs"]
             timed["useful_tflops"] = flops / timed["seconds"] / 1e12
     described = asdict(case) | {"clean": case.clean.value}
-    return {"case": described, "flops_per_pair": FLOPS, "contestants": found}
+    rows_and_heads = [[int(u) // case.kv_heads, int(u) % case.kv_heads] for u in units]
+    return {
+        "case": described,
+        "flops_per_pair": FLOPS,
+        "compared_rows_and_kv_heads": rows_and_heads,
+        "contestants": found,
+    }
 
 
 def window(args) -> dict:
@@ -148,7 +156,7 @@ def window(args) -> dict:
         moved = jax.jit(lambda x: x + 1)
         return Runner(
             lambda which, calls: lambda: moved(cache_k),
-            lambda found: (truth[0],),
+            None,
             jax.block_until_ready,
             seen,
             bundles=False,
@@ -192,6 +200,15 @@ def table(found: dict) -> str:
             cells.append(f"{timed.get('useful_tflops', timed.get('gigabytes_per_second')):.4g}")
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def compared(found: dict) -> str:
+    """Which outputs and gradients the errors are of."""
+    case, units = found["case"], found.get("compared_rows_and_kv_heads")
+    if units is None or len(units) == case["rows"] * case["kv_heads"]:
+        return "compared with float32: all rows and heads"
+    some = ", ".join(f"row {row} with KV head {head}" for row, head in units)
+    return f"compared with float32: {some}; not the others of {case['rows']} x {case['kv_heads']}"
 
 
 def _rate_name(found: dict) -> str:
@@ -246,8 +263,8 @@ def main(words: list[str] | None = None) -> None:
     """Measures, prints, writes."""
     args = arguments(words)
     found = machine() | (window if args.window else training)(args)
-    print(f"{found['platform']}, {found['device']}, {found['versions']}\n{found['case']}\n")
-    print(table(found))
+    print(f"{found['platform']}, {found['device']}, {found['versions']}\n{found['case']}")
+    print(f"{compared(found)}\n\n{table(found)}")
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 

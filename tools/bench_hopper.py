@@ -84,20 +84,25 @@ def passes(args, case: Case, seen) -> dict:
     def pulled(function):
         return lambda q, k, v, d_out: jax.vjp(function, q, k, v)[1](d_out)
 
-    def dk_and_dv(stages):
-        sizes = Sizes(128, stages, width)
-        return lambda *x: backward_keys(sizes, *x), (by_keys, q, k, v, d_out, rows, ends), 8
+    def sizes(stages):
+        return Sizes(128, stages, width)
 
-    sizes = Sizes(128, impl.forward_stages, width)
     found = {
-        "forward": (lambda *x: forward(sizes, *x), (by_queries, q, k, v, ends), 4),
+        "forward": (
+            lambda *x: forward(sizes(impl.forward_stages), *x),
+            (by_queries, q, k, v, ends),
+            4,
+        ),
         "dQ": (
-            lambda *x: backward_queries(sizes, *x),
+            lambda *x: backward_queries(sizes(impl.queries_stages), *x),
             (by_queries, q, k, v, q, d_out, lse, lse, ends),
             6,
         ),
-        f"dK and dV, {impl.keys_stages} stages": dk_and_dv(impl.keys_stages),
-        "dK and dV, 2 stages": dk_and_dv(2),
+        "dK and dV": (
+            lambda *x: backward_keys(sizes(impl.keys_stages), *x),
+            (by_keys, q, k, v, d_out, rows, ends),
+            8,
+        ),
     }
     found["plan of queries"] = lambda s: query_plan(s, tokens, 128, 128), (seen,), 0
     found["plan of keys"] = lambda s: key_plan(s, tokens, 64, 128), (seen,), 0

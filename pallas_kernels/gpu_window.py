@@ -32,6 +32,8 @@ from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing
 
 _QUERIES = 256
+# Queries and heads of a KV head that a warpgroup takes: the rows of a wgmma.
+_ROWS = 64
 _LOG2E = math.log2(math.e)
 
 # Registers of a thread, by how many warpgroups compute: what a block starts with (240, 168 and 128
@@ -48,14 +50,12 @@ class WindowSizes:
     """key_tile: slots a copy; None: 128, or 64 where heads of 256 leave no room for two stages.
     stages: copies of keys, and of values, in flight; None: what fits.
 
-    rows: of one warpgroup, 64 or 128; 64 where that is enough or head_dim is 256. warpgroups: that
-    compute, at most. blocks: thread blocks that fill the chip once (an H100 has 132
-    multiprocessors).
+    warpgroups: that compute, 64 rows each, at most. blocks: thread blocks that fill the chip once
+    (an H100 has 132 multiprocessors).
     """
 
     key_tile: int | None = None
     stages: int | None = None
-    rows: int = 64
     warpgroups: int = 2
     blocks: int = 132
 
@@ -64,8 +64,6 @@ class WindowSizes:
             raise ValueError(f"key_tile={self.key_tile} must be a multiple of 64; type key_tile=64")
         if not 1 <= self.warpgroups <= len(_REGISTERS):
             raise ValueError(f"warpgroups={self.warpgroups} must be 1 to 3; type warpgroups=2")
-        if self.rows not in (64, 128):
-            raise ValueError(f"rows={self.rows} must be 64 or 128; type rows=64")
         if self.stages is not None and self.stages < 1:
             raise ValueError(f"stages={self.stages} must be at least 1; type stages=2")
         if self.blocks < 1:
@@ -162,32 +160,30 @@ def _merged(parts, logs, chunks: Chunks, most: int):
 
 
 class _Plan(NamedTuple):
-    """Static sizes of one kernel: warpgroups that compute, rows of each, key tile and stages."""
+    """Static sizes of one kernel: warpgroups that compute, key tile and stages."""
 
     warpgroups: int
-    rows: int
     key_tile: int
     stages: int
 
     @property
     def block(self) -> int:
         """Rows of a thread block."""
-        return self.warpgroups * self.rows
+        return self.warpgroups * _ROWS
 
     @classmethod
     def of(cls, sizes: WindowSizes, rows: int, width: int, itemsize: int) -> "_Plan":
         """For `rows` queries and heads of a KV head: no more warpgroups than they fill, nor more
         than leave room for two stages.
         """
-        own = sizes.rows if rows > 64 * sizes.warpgroups and width <= 128 else 64
         tile = sizes.key_tile or (128 if width <= 128 else 64)
-        for warpgroups in range(min(sizes.warpgroups, -(-rows // own)), 0, -1):
-            left = _SHARED_BYTES - warpgroups * own * width * itemsize
+        for warpgroups in range(min(sizes.warpgroups, -(-rows // _ROWS)), 0, -1):
+            left = _SHARED_BYTES - warpgroups * _ROWS * width * itemsize
             fit = left // (2 * tile * width * itemsize)
             if fit >= 2:
-                return cls(warpgroups, own, tile, min(sizes.stages or fit, fit))
+                return cls(warpgroups, tile, min(sizes.stages or fit, fit))
         raise NotImplementedError(
-            f"two stages of {tile} keys of {width} exceed shared memory beside {own} "
+            f"two stages of {tile} keys of {width} exceed shared memory beside {_ROWS} "
             "rows of queries; use a smaller key_tile"
         )
 
@@ -200,10 +196,10 @@ def _call(plan: _Plan, group: int, table, bounds, q, cache_k, cache_v):
     def entry(*refs):
         pl.run_scoped(
             partial(_kernel, plan, group, *refs),
-            tiled((plan.warpgroups, plan.rows, width), q.dtype),
+            tiled((plan.warpgroups, _ROWS, width), q.dtype),
             tiled((plan.stages, plan.key_tile, width), q.dtype),
             tiled((plan.stages, plan.key_tile, width), q.dtype),
-            plgpu.SMEM((plan.warpgroups, 4, plan.rows), jnp.int32),
+            plgpu.SMEM((plan.warpgroups, 4, _ROWS), jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=plan.warpgroups),
             (plgpu.Barrier(num_barriers=plan.stages),) * 2,
             (plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),) * 2,
@@ -265,12 +261,12 @@ def _kernel(
     @pl.when(warpgroup < plan.warpgroups)
     def _():
         plgpu.set_max_registers(_REGISTERS[plan.warpgroups], action="increase")
-        first = lax.axis_index("row_tile") * plan.block + warpgroup * plan.rows
-        own = (head, pl.ds(first, plan.rows))
+        first = lax.axis_index("row_tile") * plan.block + warpgroup * _ROWS
+        own = (head, pl.ds(first, _ROWS))
         there = own_ready.at[warpgroup]
         plgpu.copy_gmem_to_smem(q.at[chunk.row, *own], q_own.at[warpgroup], there)
         plgpu.copy_gmem_to_smem(
-            bounds.at[chunk.row, :, pl.ds(first, plan.rows)], own_bounds.at[warpgroup], there
+            bounds.at[chunk.row, :, pl.ds(first, _ROWS)], own_bounds.at[warpgroup], there
         )
         plgpu.barrier_wait(there)
         seen = _Seen(chunk, bounds.at[chunk.row], own_bounds.at[warpgroup], group)
@@ -411,7 +407,7 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
                 take_turns()
             return accumulator[...]
 
-        scores = pl.run_scoped(product, plgpu.ACC((plan.rows, plan.key_tile), jnp.float32))
+        scores = pl.run_scoped(product, plgpu.ACC((_ROWS, plan.key_tile), jnp.float32))
         plgpu.barrier_arrive(used[0].at[stage])
         if masked:
             scores = seen.scores(scores, begin)
@@ -440,9 +436,9 @@ def _attend(plan: _Plan, chunk: _Chunk, seen: _Seen, q, k_tiles, v_tiles, ready,
         return plgpu.layout_cast(jnp.full(shape, x, jnp.float32), layout)
 
     carry = (
-        constant(0, (plan.rows, width), plgpu.Layout.WGMMA),
-        constant(EMPTY, (plan.rows,), by_row),
-        constant(0, (plan.rows,), by_row),
+        constant(0, (_ROWS, width), plgpu.Layout.WGMMA),
+        constant(EMPTY, (_ROWS,), by_row),
+        constant(0, (_ROWS,), by_row),
     )
     if pair:
         pl.when(warpgroup == 1)(take_turns)

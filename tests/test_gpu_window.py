@@ -191,8 +191,8 @@ def test_what_it_refuses():
 
 def test_warpgroups_leave_shared_memory_for_two_stages():
     """Three of 64 rows of head_dim 256 would not: two compute. Where one does not, a refusal."""
-    assert _Plan.of(WindowSizes(rows=64, warpgroups=3), 512, 256, 2)[:2] == (2, 64)
-    assert _Plan.of(WindowSizes(rows=64, warpgroups=3), 512, 128, 2)[:2] == (3, 64)
+    assert _Plan.of(WindowSizes(warpgroups=3), 512, 256, 2).warpgroups == 2
+    assert _Plan.of(WindowSizes(warpgroups=3), 512, 128, 2).warpgroups == 3
     with pytest.raises(NotImplementedError, match="use a smaller key_tile"):
         _Plan.of(WindowSizes(key_tile=128), 512, 256, 2)
 
@@ -217,7 +217,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("queries, keys", [(10, 40), (64, 200), (256, 4096)])
     @pytest.mark.parametrize("width", [64, 128, 256])
     @pytest.mark.parametrize(
-        "sizes", [WindowSizes(), WindowSizes(rows=64, warpgroups=3), WindowSizes(stages=2)], ids=str
+        "sizes", [WindowSizes(), WindowSizes(warpgroups=3), WindowSizes(stages=2)], ids=str
     )
     def test_prefix(self, queries, keys, width, sizes):
         cases = AttentionCases()

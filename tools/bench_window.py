@@ -168,7 +168,7 @@ def main() -> None:
                     run = ours(partial(window_attention, sizes=sizes), iterations)
                     took = partial(seconds, run, q, k, v, seen, iterations=iterations)
                     name = f"{title}: tile {sizes.key_tile or 128}, stages {sizes.stages}, "
-                    name += f"{sizes.warpgroups} x {sizes.rows}, {sizes.blocks}"
+                    name += f"{sizes.warpgroups} warpgroups, {sizes.blocks} blocks"
                     note = checked[heads, sizes]
                     attempt(name, lambda took=took, note=note: (took(), note), size, copy)
             lengths = jnp.full((batch,), slots, jnp.int32)

@@ -9,7 +9,7 @@ from bdjax.config import (
     MeshConfig,
     TrainConfig,
 )
-from bdjax.converting import convert_model
+from bdjax.converting import conversion_config, convert_model
 from bdjax.distributed import PeerError, start_processes
 from bdjax.exporting import export_model
 from bdjax.generation import Generation, LanguageModel, Snapshot, generate, load, merge, save
@@ -104,6 +104,7 @@ __all__ = [
     "answer",
     "apply_overrides",
     "converse",
+    "conversion_config",
     "convert_model",
     "evaluate",
     "export_model",

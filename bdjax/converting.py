@@ -14,10 +14,13 @@ from jaxtyping import Array, Float, Key
 
 from bdjax import presets
 from bdjax.base import check_free, write_run
-from bdjax.config import MeshConfig, TrainConfig
+from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
 from bdjax.generation import LanguageModel, load
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
+from bdjax.learning_rate import StableDecay
+from bdjax.model import Remat
 from bdjax.objective import Alignment
+from bdjax.optim import OptimConfig
 from bdjax.pretrained import PretrainedError
 from bdjax.seeds import Purpose, key_for
 from bdjax.weights import Progress
@@ -96,6 +99,28 @@ def with_mask(
         # Nothing is read from it: the mask is never drawn.
         params["head"] = params["head"][:size]
     return config, params
+
+
+def conversion_config(
+    start: TrainConfig, recipe: presets.Recipe, *, name: str, steps: int
+) -> TrainConfig:
+    """A run from `start` by `recipe` in all that is no objective, so that recipes compare.
+
+    32 rows of at most 1024 tokens a step in bfloat16; AdamW at 3e-4, a warm-up of a twentieth,
+    decay from half of the steps on; eight evaluations. The rate is meant for 0.1 B to 0.5 B
+    parameters. Raises ValueError where the start's other fields do not go with these.
+    """
+    return replace(
+        start,
+        name=name,
+        steps=steps,
+        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
+        objective=recipe.objective,
+        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
+        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
+        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
+        checkpoint_every=500,
+    )
 
 
 def _start(

@@ -18,18 +18,7 @@ bits/byte in blocks of 8, AR before 1.059 and after 0.931. An 80 GB card needs n
 `model.remat=none model.unroll=30`, 161k tokens/s.
 """
 
-from dataclasses import replace
-
-from bdjax import (
-    Alignment,
-    BlockSize,
-    EvaluationConfig,
-    OptimConfig,
-    Remat,
-    StableDecay,
-    TrainConfig,
-    presets,
-)
+from bdjax import Alignment, BlockSize, TrainConfig, conversion_config, presets
 
 STEPS = 1500
 
@@ -40,14 +29,4 @@ def get_config(start: TrainConfig, *, block_size: int = 8, steps: int = STEPS) -
     recipe = presets.default(
         mask_id=start.tokenizer.mask_id, block_size=grown, alignment=Alignment.SHIFTED_CLEAN
     )
-    return replace(
-        start,
-        name="convert_default",
-        steps=steps,
-        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
-        objective=recipe.objective,
-        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
-        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
-        checkpoint_every=500,
-    )
+    return conversion_config(start, recipe, name="convert_default", steps=steps)

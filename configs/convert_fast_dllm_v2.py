@@ -16,7 +16,7 @@ blocks: `objective.block_size.first=8`.
 
 from dataclasses import replace
 
-from bdjax import EvaluationConfig, OptimConfig, Remat, StableDecay, TrainConfig, presets
+from bdjax import TrainConfig, conversion_config, presets
 from bdjax.data import Tail
 
 STEPS = 1500
@@ -25,15 +25,5 @@ STEPS = 1500
 def get_config(start: TrainConfig, *, block_size: int = 32, steps: int = STEPS) -> TrainConfig:
     """`steps` steps of 32 rows of at most 1024 tokens, in two views each."""
     recipe = presets.fast_dllm_v2(mask_id=start.tokenizer.mask_id, block_size=block_size)
-    row = min(1024, start.data.row_length)
-    return replace(
-        start,
-        name="convert_fast_dllm_v2",
-        steps=steps,
-        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
-        objective=recipe.objective,
-        data=replace(start.data, row_length=row, batch_size=32, tail=Tail.SHORT),
-        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
-        checkpoint_every=500,
-    )
+    config = conversion_config(start, recipe, name="convert_fast_dllm_v2", steps=steps)
+    return replace(config, data=replace(config.data, tail=Tail.SHORT))

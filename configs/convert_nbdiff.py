@@ -17,9 +17,7 @@ Measured so far (H100, 2026-11-27; SmolLM2-135M, Q4_1; blocks to 8, 600 steps, 1
 held-out bound 1.292 bits/byte in blocks of 8, AR before 1.059 and after 0.962.
 """
 
-from dataclasses import replace
-
-from bdjax import EvaluationConfig, OptimConfig, Remat, StableDecay, TrainConfig, presets
+from bdjax import TrainConfig, conversion_config, presets
 
 STEPS = 1500
 
@@ -32,14 +30,4 @@ def get_config(start: TrainConfig, *, block_size: int = 32, steps: int = STEPS) 
         double_every=max(1, 5 * steps // (8 * doublings)),
         block_size=block_size,
     )
-    return replace(
-        start,
-        name="convert_nbdiff",
-        steps=steps,
-        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
-        objective=recipe.objective,
-        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
-        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
-        checkpoint_every=500,
-    )
+    return conversion_config(start, recipe, name="convert_nbdiff", steps=steps)

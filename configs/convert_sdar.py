@@ -13,9 +13,7 @@ optim.decay.start=1.0 optim.warmup_fraction=0.03), which are those of configs/co
 that objectives are compared. Other blocks: `objective.block_size.first=8`.
 """
 
-from dataclasses import replace
-
-from bdjax import EvaluationConfig, OptimConfig, Remat, StableDecay, TrainConfig, presets
+from bdjax import TrainConfig, conversion_config, presets
 
 STEPS = 1500
 
@@ -23,14 +21,4 @@ STEPS = 1500
 def get_config(start: TrainConfig, *, block_size: int = 4, steps: int = STEPS) -> TrainConfig:
     """`steps` steps of 32 rows of at most 1024 tokens."""
     recipe = presets.sdar(mask_id=start.tokenizer.mask_id, block_size=block_size)
-    return replace(
-        start,
-        name="convert_sdar",
-        steps=steps,
-        model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
-        objective=recipe.objective,
-        data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
-        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
-        checkpoint_every=500,
-    )
+    return conversion_config(start, recipe, name="convert_sdar", steps=steps)

@@ -106,8 +106,8 @@ def conversion_config(
 ) -> TrainConfig:
     """A run from `start` by `recipe` in all that is no objective, so that recipes compare.
 
-    32 rows of at most 1024 tokens a step in bfloat16; AdamW at 3e-4, a warm-up of a twentieth,
-    decay from half of the steps on; eight evaluations. The rate is meant for 0.1 B to 0.5 B
+    32 rows of at most 1024 tokens a step in bfloat16; AdamW at 1e-3, a warm-up of a twentieth,
+    decay to zero over the last seven tenths; three evaluations. The rate was chosen for 0.1 B
     parameters. Raises ValueError where the start's other fields do not go with these.
     """
     return replace(
@@ -117,8 +117,13 @@ def conversion_config(
         model=replace(start.model, clean=recipe.clean, dtype="bfloat16", remat=Remat.DOTS),
         objective=recipe.objective,
         data=replace(start.data, row_length=min(1024, start.data.row_length), batch_size=32),
-        optim=OptimConfig(peak_lr=3e-4, warmup_fraction=0.05, decay=StableDecay(start=0.5)),
-        evaluation=EvaluationConfig(every=max(1, steps // 8), batches=12),
+        optim=OptimConfig(
+            peak_lr=1e-3,
+            warmup_fraction=0.05,
+            decay=StableDecay(start=0.3),
+            final_lr_fraction=0.0,
+        ),
+        evaluation=EvaluationConfig(every=max(1, steps // 4), batches=12),
         checkpoint_every=500,
     )
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from bdjax import TrainConfig, conversion_config, presets
 from bdjax.data import Tail
 
-STEPS = 1500
+STEPS = 2300
 
 
 def get_config(start: TrainConfig, *, block_size: int = 32, steps: int = STEPS) -> TrainConfig:

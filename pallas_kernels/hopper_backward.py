@@ -5,6 +5,7 @@ is rowsum(dO * O) - dlse. Both kernels compute P again: sums stay in one order, 
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from pallas_kernels.hopper_forward import (
     masked,
     read_rows,
     seen,
+    unclean,
     used,
     zero_rows,
 )
@@ -90,7 +92,7 @@ def backward_queries(
         out_here, q_here, k_here, v_here, k_free, v_free = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
-        runs = Runs.read(plan_ref, place)
+        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
         @pl.when(group_id < 2)
         def _():
@@ -123,9 +125,9 @@ def backward_queries(
                     key_tile, own = runs.masked_tile(number)
 
                     # A branch any later would keep a predicate for every score across itself.
-                    @pl.when(unclean_ref[row, key_tile] > 0)
-                    def _():
-                        zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
+                    keys = used(used_ref.at[row], key_tile * sizes.key)
+                    clean = partial(zero_rows, k_smem.at[slot], keys)
+                    unclean(unclean_ref, some_unclean, row, key_tile, clean)
 
                 def scores(s_ref, d_p_ref):
                     plgpu.wgmma(s_ref, mine, k_smem.at[slot].transpose((1, 0)))
@@ -155,7 +157,7 @@ def backward_queries(
             mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
@@ -299,7 +301,7 @@ def backward_keys(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(my_k, d_k_ref.at[row, at, kv_head])
             plgpu.copy_smem_to_gmem(my_v, d_v_ref.at[row, at, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
@@ -308,6 +310,9 @@ def backward_keys(
             @pl.loop(0, count * group + sizes.stages)
             def _(number):
                 slot = lax.rem(number, jnp.int32(sizes.stages))
+                # Before the wait for a buffer, which hides it.
+                last = jnp.maximum(count * group - 1, 0)
+                entry = list_ref[place, lax.div(jnp.minimum(number, last), jnp.int32(group))]
 
                 @pl.when(number >= sizes.stages)
                 def _():
@@ -316,7 +321,6 @@ def backward_keys(
 
                 @pl.when(number < count * group)
                 def _():
-                    entry = list_ref[place, lax.div(number, jnp.int32(group))]
                     head = kv_head * group + lax.rem(number, jnp.int32(group))
                     at = pl.ds((entry >> FLAGS) * ROWS, ROWS)
                     part = pl.ds((entry & OWN) * 2, 2)

@@ -1,6 +1,7 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +113,17 @@ def seen(bounds, own: Array, tile: Array, shape: tuple[int, int]) -> Array:
     return inside.astype(jnp.uint32) < across(size, shape).astype(jnp.uint32)
 
 
+def unclean(flags, some: Array, row: Array, key_tile: Array, clean) -> None:
+    """Calls `clean` if a key tile holds keys that nobody sees; `some`: whether any of the row does.
+
+    Without, no step waits for a flag out of device memory.
+    """
+
+    @pl.when(some > 0)
+    def _():
+        pl.when(flags[row, key_tile] > 0)(clean)
+
+
 def used(flags, first: Array):
     """Reads the flags of 64 keys in device memory, `offset` after the `first` one of a tile."""
     return lambda offset: read_rows(flags.at[pl.ds(first + offset, ROWS)], optimized=False)
@@ -190,7 +202,7 @@ def forward(
         q_here, k_here, v_here, k_free, v_free, turn = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
-        runs = Runs.read(plan_ref, place)
+        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -232,11 +244,9 @@ def forward(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_here.at[slot])
                 if masked:
-
-                    @pl.when(unclean_ref[row, key_tile] > 0)
-                    def _():
-                        zero_rows(v_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
-
+                    keys = used(used_ref.at[row], key_tile * sizes.key)
+                    clean = partial(zero_rows, v_smem.at[slot], keys)
+                    unclean(unclean_ref, some_unclean, row, key_tile, clean)
                 plgpu.barrier_wait(turn)
 
                 def values(ref):
@@ -263,7 +273,7 @@ def forward(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
             plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():

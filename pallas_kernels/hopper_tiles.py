@@ -25,11 +25,12 @@ FLAGS = 4
 class QueryPlan(NamedTuple):
     """Per query tile, sorted: its row, its number and its two runs of key tiles.
 
-    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run.
-    used: which keys some query sees. unclean: key tiles that hold others.
+    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run,
+    then whether the row has unclean tiles. used: which keys some query sees. unclean: key tiles
+    that hold others.
     """
 
-    columns: Int[Array, "P 10"]
+    columns: Int[Array, "P 11"]
     used: Int[Array, "B S"]
     unclean: Int[Array, "B J"]
 
@@ -65,10 +66,12 @@ def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> 
         jnp.broadcast_to(x, (rows, tiles))
         for x in (jnp.arange(rows)[:, None], jnp.arange(tiles)[None])
     )
-    columns = jnp.stack([row, tile, *runs], axis=2).reshape(rows * tiles, 10).astype(jnp.int32)
-    work = runs[3] - runs[0] + runs[7] - runs[4]
     used = used_keys(bounds, keys)
     unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
+    some = jnp.broadcast_to(unclean.any(axis=1)[:, None], (rows, tiles))
+    columns = jnp.stack([row, tile, *runs, some], axis=2).reshape(rows * tiles, 11)
+    columns = columns.astype(jnp.int32)
+    work = runs[3] - runs[0] + runs[7] - runs[4]
     return QueryPlan(
         _heavy_first(work.reshape(-1), columns), used.astype(jnp.int32), unclean.astype(jnp.int32)
     )

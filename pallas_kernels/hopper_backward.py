@@ -140,7 +140,7 @@ def backward_queries(
                 plgpu.barrier_arrive(v_free.at[slot])
                 d_s = p * (d_p - across(delta, shape))
                 if not whole:
-                    d_s = masked(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s)
+                    d_s = masked(seen(bounds_smem.at[group_id], own, key_tile * sizes.key, shape), d_s)
                 d_s = d_s.astype(q.dtype)
 
                 def products(ref):

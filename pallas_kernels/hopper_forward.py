@@ -122,7 +122,7 @@ def masked(keep: Array, x: Array) -> Array:
 
 
 def seen(bounds, own: Array, first: Array, shape: tuple[int, int]) -> Array:
-    """Which scores of keys from `first` on the queries' intervals `bounds` (4, rows) let through."""
+    """Which scores of keys from `first` on the intervals `bounds` (4, rows) let through."""
     part = 2 * own.astype(jnp.int32)
     low, high = (read_rows(bounds.at[part + end]) for end in (0, 1))
     size = jnp.maximum(high - low, 0)

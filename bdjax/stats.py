@@ -153,12 +153,15 @@ def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"], first_id) 
     def reduced(operands):
         return lax.reduce(operands, tuple(start), lambda a, b: merge(*a, *b), (0,))
 
-    tiles = parts.top.shape[0]
+    tiles, rows = parts.top.shape
     each = math.isqrt(tiles - 1) + 1
     groups = -(-tiles // each)
-    fill = ((0, groups * each - tiles), (0, 0))
-    padded = (jnp.pad(x, fill, constant_values=y) for x, y in zip(operands, start, strict=True))
-    whole = reduced(reduced(tuple(x.reshape(each, groups, -1) for x in padded)))
+    # One array: ten would be filled up by ten kernels.
+    fill = jnp.broadcast_to(
+        jnp.stack(start)[:, None, None], (len(start), each * groups - tiles, rows)
+    )
+    filled = jnp.concatenate([jnp.stack(operands), fill], axis=1)
+    whole = reduced(reduced(tuple(filled.reshape(len(start), each, groups, rows))))
     scan = _scan_of(hopper_stats.Parts(*whole[:9]), temperature)
 
     def named(best: Best, logit) -> Best:

@@ -48,12 +48,19 @@ class Chat:
         self._longest = max(map(len, spellings), default=0)
 
     def prompt(self, messages: Sequence[Message]) -> Int[np.ndarray, "P"]:
-        """The ids of a conversation that the model is to go on with, without BOS.
+        """The ids of a conversation that the model is to go on with, without the BOS that prompts
+        bring along: none where the tokenizer starts without it. There one is the template's own,
+        as of SmolLM2, whose BOS begins every turn.
 
-        Raises ConversationError for messages that the template refuses.
+        Raises ConversationError for messages that the template refuses or makes nothing of.
         """
-        text = _unmarked(self._render(messages, prompt=True))
-        return self._headless(self._encode(text))
+        ids = self._encode(_unmarked(self._render(messages, prompt=True)))
+        if not ids.size:
+            raise ConversationError(
+                "the template writes nothing for these messages; take another, such as the model's "
+                "own chat_template.jinja"
+            )
+        return self._headless(ids) if self._tokenizer.starts_with_bos else ids
 
     def example(self, messages: Sequence[Message]) -> Example:
         """The last message, the assistant's, as the answer to those before it.
@@ -142,8 +149,8 @@ class Chat:
                 end = found.end()
         return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
-    def _headless(self, ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
-        """Without the template's BOS: rows and prompts bring their own."""
+    def _headless(self, ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "P"]:
+        """Without the template's BOS, where one is brought along, as rows do."""
         return ids[1:] if ids[:1].tolist() == [self._tokenizer.bos_id] else ids
 
 

@@ -71,6 +71,28 @@ def test_an_answer_goes_from_the_prompt_to_its_end_of_turn(chat):
     assert chat.end_of_turn() == EOS
 
 
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_prompt_has_the_bos_that_its_template_writes_once(tmp_path, leads):
+    # SmolLM2's BOS is the token that begins every turn, and its prompts bring none along.
+    tokenizer = replace(with_turns(tmp_path), bos="<|im_start|>", leads=leads)
+    with renderer(MODELS["chatml"]) as started:
+        chat = Chat(tokenizer, started)
+        talk = turns("Hi", "you")
+        ids = chat.prompt(talk[:1])
+        # Rows have their BOS whatever prompts do.
+        row = [tokenizer.bos_id, *chat.example(talk).prompt.tolist()]
+    wanted = tokenizer.encode_with_specials(started.render(talk[:1], add_generation_prompt=True))
+    started.__exit__()
+    assert wanted[0] == tokenizer.bos_id
+    brought = [tokenizer.bos_id] if leads else []
+    assert brought + ids.tolist() == row == wanted.tolist()
+
+
+def test_a_template_that_writes_nothing_is_refused():
+    with renderer("{# #}") as started, pytest.raises(ValueError, match="writes nothing"):
+        Chat(TOKENIZER, started).prompt(HI)
+
+
 # Whole specials, and halves that the template or the next message could complete.
 spelled = st.lists(
     st.sampled_from(["<|eos|>", "<|bos|>", "<|eo", "s|>", "<", "|", ">", "eos", "a", " ", "\n"])

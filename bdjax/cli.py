@@ -17,6 +17,7 @@ from rich.progress import track
 import bdjax
 from bdjax.arguments import parser as make_parser
 from bdjax.display import Denoising, Reading, clean_text
+from bdjax.interrupts import no_interrupt_lost
 
 
 def _policy(args, size: int) -> bdjax.Policy:
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
     }[args.command]
     try:
-        with warnings.catch_warnings():
+        with no_interrupt_lost(), warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(args)
     except (ValueError, OSError, *_TOLD) as error:

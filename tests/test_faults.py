@@ -1,6 +1,7 @@
 """Full disks, stalls, signals at bad moments, other meshes: every fault is injected for real."""
 
 import faulthandler
+import gc
 import os
 import resource
 import shutil
@@ -29,7 +30,7 @@ from test_trainer import (
 
 from bdjax import MeshConfig, manifest, train
 from bdjax.checkpoint import CheckpointError, Checkpoints, NoSpaceError
-from bdjax.interrupts import Interrupts
+from bdjax.interrupts import Interrupts, no_interrupt_lost
 from bdjax.watchdog import Watchdog, WatchdogConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,28 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_is_remembered():
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.asked == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("within", [no_interrupt_lost, Interrupts])
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(within):
+    # What is raised there is printed and forgotten; JAX has such a callback.
+    sent = []
+
+    def callback(phase, info):
+        if phase == "start" and not sent:
+            sent.append(phase)
+            for _ in range(2 if within is Interrupts else 1):
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    gc.callbacks.append(callback)
+    try:
+        with within(), pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            time.sleep(5)
+    finally:
+        gc.callbacks.remove(callback)
+    assert sent and signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_second_ctrl_c_during_a_save_tears_nothing(config, straight, tmp_path, monkeypatch):

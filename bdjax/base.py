@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from bdjax.checkpoint import CheckpointError, Checkpoints, read_config, restore_params
 from bdjax.config import TrainConfig, config_from_json
 from bdjax.hf_folder import is_pretrained
+from bdjax.interrupts import Interrupts
 from bdjax.lora import join, merged, split
 from bdjax.overrides import to_json
 from bdjax.pretrained import PretrainedError
@@ -92,16 +93,25 @@ def without_lora(config: TrainConfig) -> TrainConfig:
 def write_run(directory: str | Path, config: TrainConfig, params: Any, step: int = 0) -> None:
     """A run with one checkpoint of `params` and nothing to resume: for `load` and `start_from`.
 
-    What was made of a run that cannot be finished is taken away again. Raises CheckpointError when
-    there is a whole checkpoint of this step, or no room.
+    What was made of a run that cannot be finished is taken away again. After Ctrl-C, too, once the
+    writers have ended: they cannot be called off, and would make anew what goes before. Raises
+    CheckpointError when there is a whole checkpoint of this step, or no room.
     """
     directory = Path(directory)
     before = set(directory.iterdir()) if directory.exists() else None
+
+    def told() -> None:
+        warnings.warn(
+            f"interrupted: {directory} goes as soon as its writers have ended", stacklevel=2
+        )
+
     try:
         config = config.keep(directory, write=jax.process_index() == 0)
-        with Checkpoints(directory, keep=1) as kept:
+        with Checkpoints(directory, keep=1) as kept, Interrupts(told) as interrupts:
             kept.save(step, {"params": params}, to_json(config))
             kept.wait()
+        if interrupts.asked:
+            raise KeyboardInterrupt
     except BaseException:
         if before is None:
             shutil.rmtree(directory, ignore_errors=True)

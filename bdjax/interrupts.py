@@ -9,7 +9,7 @@ import contextlib
 import gc
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,12 +20,13 @@ _AGAIN = 0.05
 class Interrupts:
     """While this is open, `asked` is the signal that asked the run to end, 0 before.
 
-    A second Ctrl-C raises KeyboardInterrupt. Handlers are put back on leaving; outside the main
-    thread nothing is caught.
+    tell: called when it comes. A second Ctrl-C raises KeyboardInterrupt. Handlers are put back on
+    leaving; outside the main thread nothing is caught.
     """
 
-    def __init__(self):
+    def __init__(self, tell: Callable[[], None] = lambda: None):
         self.asked = 0
+        self._tell = tell
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -44,6 +45,7 @@ class Interrupts:
             _interrupt(number, frame)
         else:
             self.asked = number
+            self._tell()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import time
 from dataclasses import replace
 
 import jax
@@ -265,6 +267,30 @@ def test_an_import_that_fails_leaves_an_old_folder_as_it_was(tokenizer, tmp_path
             import_model(source, tmp_path / "new")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_while_an_import_is_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    """Writers go on for a while, and would make anew what was taken away before they ended."""
+    source = write_folder(tmp_path / "model", pretrained("sdar"), tokenizer)
+    run, ended = tmp_path / "run", []
+    wait, finish = Checkpoints.wait, Checkpoints._finish
+
+    def interrupted(self):
+        if self._thread is not None:
+            signal.raise_signal(signal.SIGINT)
+        wait(self)
+
+    def slow(self, path, *rest):
+        time.sleep(0.3)
+        path.mkdir(parents=True, exist_ok=True)
+        finish(self, path, *rest)
+        ended.append(path)
+
+    monkeypatch.setattr(Checkpoints, "wait", interrupted)
+    monkeypatch.setattr(Checkpoints, "_finish", slow)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="interrupted: .* goes"):
+        import_model(source, run)
+    assert ended and not run.exists()
 
 
 def test_a_run_cannot_start_from_a_model_folder(tokenizer, tmp_path, capsys):

@@ -199,6 +199,11 @@ def _family(config: TrainConfig, model_type: str | None) -> Family:
             f"bdjax cannot write {family.model_type} folders; leave --as out, or type it with "
             "another family"
         )
+    if family.decoding is not Decoding.TOKENS and config.objective.views == 0:
+        raise PretrainedError(
+            f"this model writes token by token, and a {family.model_type} model does not; leave "
+            "--as out, or make it write in blocks by bdjax convert first"
+        )
     misfits = {
         f"qkv_bias={c.qkv_bias}": c.qkv_bias != family.qkv_bias,
         f"qk_norm={c.qk_norm}": c.qk_norm != family.qk_norm,

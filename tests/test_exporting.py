@@ -143,6 +143,11 @@ def test_what_no_family_has_is_refused(tokenizer, tmp_path, capsys):
     assert "model_type 'gpt2'" in capsys.readouterr().err
     assert main(["export", str(out), "--out", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "b") == contents(out)
+    # Read back it would write in blocks that it was never trained for.
+    ar = write_folder(tmp_path / "ar", pretrained("qwen3"), tokenizer)
+    assert main(["export", str(ar), "--out", str(tmp_path / "c"), "--as", "sdar"]) == 2
+    assert "writes token by token, and a sdar model does not" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_nothing_half_written_is_left(tokenizer, tmp_path):

@@ -270,14 +270,22 @@ def _rope(read: ConfigReader, family: Family) -> tuple[float, Llama3Scaling | No
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise read.fail(key, "null or an object there")
-    theta = found.get("rope_theta", read.get("rope_theta"))
+    if any(isinstance(value, dict) for value in found.values()):
+        raise read.fail(key, "the same in every layer")
+    older = read.get("rope_scaling")
+    if older is not None and (not isinstance(older, dict) or _turns(older) != _turns(found)):
+        raise read.fail("rope_scaling", "the same there as in rope_parameters")
+    theta, outer = found.get("rope_theta"), read.get("rope_theta")
+    if theta is not None and outer is not None and theta != outer:
+        raise read.fail("rope_theta", f"the same there as in {key}, {str(theta)[:80]}")
+    theta = outer if theta is None else theta
     theta = family.rope_theta if theta is None else theta
     if theta is None:
         raise read.fail("rope_theta", "the base of its RoPE there")
     theta = read.number("rope_theta", theta)
     if found.get("partial_rotary_factor") not in (None, 1):
         raise read.fail(key, "partial_rotary_factor=1")
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = _turns(found)["rope_type"]
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -294,6 +302,12 @@ def _rope(read: ConfigReader, family: Family) -> tuple[float, Llama3Scaling | No
     return theta, Llama3Scaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_length=original
     )
+
+
+def _turns(found: dict[str, Any]) -> dict[str, Any]:
+    """A scaling without its base and under the newer name of its kind."""
+    rest = {key: value for key, value in found.items() if key not in ("rope_theta", "type")}
+    return {"rope_type": found.get("type", "default")} | rest
 
 
 def _rope_layers(read: ConfigReader, family: Family, layers: int) -> tuple[bool, ...] | None:

@@ -79,8 +79,9 @@ class _Keys:
 
     def scaling(self) -> dict[str, Any] | None:
         """RoPE scaling in Hugging Face's words."""
-        kind = self._take("rope.scaling.type", "none")
         factor = self.real("rope.scaling.factor", 1.0)
+        # llama.cpp scales by a factor alone, too.
+        kind = self._take("rope.scaling.type", "none" if factor == 1 else "linear")
         original = self.whole("rope.scaling.original_context_length", 0)
         if not isinstance(kind, str):
             raise PretrainedError(

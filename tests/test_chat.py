@@ -248,7 +248,7 @@ def test_a_template_opens_no_file_and_needs_none():
 def test_faults_of_a_template_are_sentences(tmp_path):
     with pytest.raises(TemplateError, match="the chat template: line 1: "), renderer("{% for %}"):
         pass
-    with pytest.raises(ValueError, match="none.jinja cannot be read .*type chat_template.path="):
+    with pytest.raises(ValueError, match="none.jinja cannot be read .*type the path of"):
         _ = ChatTemplate(path=str(tmp_path / "none.jinja")).text
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="latin.jinja is no chat template: it is not UTF-8"):

@@ -7,6 +7,7 @@ A LoRA run reads nothing outside its folder, and writes the large part of its pa
 """
 
 import dataclasses
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -122,8 +123,17 @@ def write_run(directory: str | Path, config: TrainConfig, params: Any, step: int
 
 
 def check_free(run: str | Path) -> None:
-    """Raises CheckpointError for a folder that has checkpoints, before anything is read for it."""
-    if (Path(run) / "checkpoints").exists():
+    """Raises CheckpointError for a folder that has checkpoints or that nothing can be written to,
+    before anything is read for it."""
+    run = Path(run)
+    there = next(place for place in (run, *run.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise CheckpointError(f"{there} is no folder; type --run with another place for the run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{there} cannot be written to; type --run with another place for the run"
+        )
+    if (run / "checkpoints").exists():
         raise CheckpointError(f"{run} has checkpoints already; type another folder for the run")
 
 

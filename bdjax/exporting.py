@@ -49,19 +49,26 @@ def export_model(
     weights, None for theirs. It is written beside its place and moved there when it is whole.
     progress: called with bytes written and bytes to write.
 
-    Raises PretrainedError for a network that no family has, FileExistsError when `folder` exists.
+    Raises PretrainedError for a network that no family has and a `folder` that cannot be made,
+    FileExistsError when it is there.
     """
-    language_model = merge(language_model)
-    folder, config = Path(folder), language_model.config
-    if folder.exists():
+    folder = Path(folder)
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists; type --out with another folder")
+    language_model = merge(language_model)
+    config = language_model.config
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1; type 5000000000")
     family = _family(config, model_type)
     rows = _rows(config)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    # A name of its own: what others have there is not ours to take away.
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise PretrainedError(
+            f"{folder} cannot be made ({error.strerror}); type --out with another folder"
+        ) from error
     try:
         wanted = stored(family, language_model.model.table(), rows)
         tensors = _Parameters(language_model.params, wanted, dtype)

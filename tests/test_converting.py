@@ -119,6 +119,8 @@ def test_what_cannot_be_converted_says_why(model, start, tmp_path, capsys):
         run = tmp_path / "run"
         assert main(["convert", str(model), "--run", str(run), *words]) == 2
         assert said in capsys.readouterr().err and not run.exists()
+    assert main(["convert", str(model), "--run", str(run), "--seed", "-1"]) == 1
+    assert "seed=-1 must be from 0" in capsys.readouterr().err and not run.exists()
     assert (
         main(["convert", start.config.tokenizer.path[: -len("/tokenizer.json")], "--run", "x"]) == 2
     )

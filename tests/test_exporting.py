@@ -51,7 +51,7 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     assert again.model == loaded.model and again.config.tokenizer == loaded.config.tokenizer
     assert again.config.objective == loaded.config.objective
     assert again.config.chat_template.text == loaded.config.chat_template.text == template
-    assert not (tmp_path / "back.part").exists()
+    assert not list(tmp_path.glob("*.part"))
     # As the base architecture, which transformers knows, it is the same model too.
     base = bdjax.export_model(loaded, tmp_path / "base", dtype="float32")
     known = {"llama", "smollm3", "qwen2", "qwen3"}
@@ -156,3 +156,10 @@ def test_nothing_half_written_is_left(tokenizer, tmp_path):
     with pytest.raises(AttributeError):
         bdjax.export_model(broken, tmp_path / "out", shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PretrainedError, match=r"file/out cannot be made \(.*type --out"):
+        bdjax.export_model(own, tmp_path / "file" / "out")
+    # Nor is anything taken away that was there.
+    (tmp_path / "out.part").mkdir()
+    bdjax.export_model(own, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out", "out.part"}

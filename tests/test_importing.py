@@ -1,6 +1,7 @@
 """From a model folder to a run and to text: the command line, special tokens, bad folders."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -267,6 +268,19 @@ def test_an_import_that_fails_leaves_an_old_folder_as_it_was(tokenizer, tmp_path
             import_model(source, tmp_path / "new")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_cannot_be_written_is_told_before_a_model_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for command in ("import", "convert"):
+        for place in ("file", "file/run"):
+            assert main([command, "no model", "--run", str(tmp_path / place)]) == 1
+            assert "file is no folder; type --run with another" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert main(["import", "no model", "--run", str(tmp_path / "run")]) == 1
+    assert f"{tmp_path} cannot be written to; type --run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_ctrl_c_while_an_import_is_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):

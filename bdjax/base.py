@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from bdjax.checkpoint import CheckpointError, Checkpoints, read_config, restore_params
 from bdjax.config import TrainConfig, config_from_json
 from bdjax.hf_folder import is_pretrained
+from bdjax.hf_tokenizer import HuggingFaceTokenizer
 from bdjax.interrupts import Interrupts
 from bdjax.lora import join, merged, split
 from bdjax.overrides import to_json
@@ -149,6 +150,9 @@ def keep_base(directory: Path, config: TrainConfig, params: Any) -> None:
 def start_config(place: str | Path) -> TrainConfig:
     """The config of the run at `place`, for a `get_config(start)` to build on.
 
+    Its prompts begin with BOS, whatever those of a model that somebody else made do: every document
+    that it is trained on here does.
+
     Raises CheckpointError where there is no such run, PretrainedError for somebody else's model.
     """
     if is_pretrained(place):
@@ -156,7 +160,10 @@ def start_config(place: str | Path) -> TrainConfig:
             f"{place} is no run of ours yet; type bdjax import {place} --run RUN, and start from "
             "that run"
         )
-    return config_from_json(read_config(place), place)
+    config = config_from_json(read_config(place), place)
+    if isinstance(config.tokenizer, HuggingFaceTokenizer):
+        config = replace(config, tokenizer=replace(config.tokenizer, leads=True))
+    return config
 
 
 def start_params(config: TrainConfig) -> Any:

@@ -307,6 +307,13 @@ def test_ctrl_c_while_an_import_is_written_leaves_nothing(tokenizer, tmp_path, m
     assert ended and not run.exists()
 
 
+def test_what_is_trained_from_a_model_is_asked_as_it_was_trained(folder, tmp_path):
+    """Rows begin with BOS; prompts of the model itself do only where its tokenizer says so."""
+    import_model(folder, tmp_path / "run")
+    assert not bdjax.load(tmp_path / "run").config.tokenizer.starts_with_bos
+    assert bdjax.start_config(tmp_path / "run").tokenizer.starts_with_bos
+
+
 def test_a_run_cannot_start_from_a_model_folder(tokenizer, tmp_path, capsys):
     source = write_folder(tmp_path / "model", pretrained("sdar"), tokenizer)
     words = ["train", "configs/convert_default.py", "--start", str(source)]

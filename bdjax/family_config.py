@@ -1,7 +1,6 @@
 """config.json to a `DecoderConfig`: every key that changes a number is used, or refused by name."""
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Set
 from typing import Any
@@ -89,6 +88,8 @@ output_attentions output_hidden_states _name_or_path block_diffusion
 """
 # A length beyond this is no model's; what is derived from it would be built before it is refused.
 _LARGEST = 2**31
+# What float32 can hold.
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-37, 1e37
 
 
 class ConfigReader:
@@ -123,9 +124,9 @@ class ConfigReader:
         return value
 
     def number(self, key: str, value: Any) -> float:
-        """`value` as a finite float above zero; errors name `key`."""
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.fail(key, "a number above zero there")
+        """`value` as a float above zero that float32 can hold; errors name `key`."""
+        if type(value) not in (int, float) or not _SMALLEST_NUMBER < value < _LARGEST_NUMBER:
+            raise self.fail(key, "a number above zero there, at most 1e37")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -164,6 +164,12 @@ def test_the_mask_of_a_family_is_a_number():
         ("llama", {"sliding_window": 16}, "sliding_window=16.*use_sliding_window=false"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*llama3"),
         ("qwen3", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*llama3"),
+        ("llama", {"original_max_position_embeddings": 16}, "original_max_position_embeddings=16"),
+        (
+            "qwen2",
+            {"dual_chunk_attention_config": {"chunk_size": 8}},
+            "dual_chunk_attention_config",
+        ),
         ("llama", {"rope_theta": 0}, "rope_theta=0"),
         ("llama", {"rope_theta": 10**400}, "rope_theta=1000.*number above zero"),
         ("llama", {"rms_norm_eps": 1e300}, "rms_norm_eps=1e.300.*at most 1e37"),

@@ -149,6 +149,7 @@ def _export(args) -> int:
             args.out,
             model_type=args.model_type,
             dtype=args.dtype,
+            max_length=args.max_length,
             progress=writing.update,
         )
     print(f"{out}: type AutoModelForCausalLM.from_pretrained({str(out)!r}) to load it elsewhere")

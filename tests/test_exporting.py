@@ -127,6 +127,20 @@ def test_the_mask_of_an_ar_model_is_not_written(tokenizer, tmp_path):
     assert contents(back) == contents(there)
 
 
+def test_a_folder_is_for_texts_as_long_as_asked(tokenizer, tmp_path, capsys):
+    """An import's rows are short, whatever its model can read: servers go by the folder's word."""
+    found = pretrained("llama", max_position_embeddings=131_072)
+    there = write_folder(tmp_path / "there", found, tokenizer)
+    words = ["export", str(there), "--max-length"]
+    assert main([*words, "131072", "--out", str(tmp_path / "back")]) == 0
+    assert contents(tmp_path / "back") == contents(there)
+    said = json.loads((tmp_path / "back" / "config.json").read_text())
+    told = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert said["max_position_embeddings"] == told["model_max_length"] == 131_072
+    assert main([*words, "0", "--out", str(tmp_path / "none")]) == 1
+    assert "max_length=0 must be at least 1" in capsys.readouterr().err
+
+
 def test_what_no_family_has_is_refused(tokenizer, tmp_path, capsys):
     made = HuggingFaceTokenizer(path="memory", text=tokenizer)
     with pytest.raises(PretrainedError, match="qkv_bias=True with qk_norm=True is a network that"):

@@ -90,9 +90,13 @@ class Chat:
     def end_of_turn(self) -> int | None:
         """The control token with which the template ends an answer, if it has one."""
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        answer = self.example(turn).answer
-        last = int(answer[-1]) if answer.size else None
-        return last if last in self._controls.values() else None
+        # Not by `example`: where a template opens answers with a thought that it leaves out of old
+        # ones, nobody can say where one begins, and it ends all the same.
+        whole = _unmarked(self._render(turn, prompt=False))
+        ends = list(self._control.finditer(whole))
+        if not ends or whole[ends[-1].end() :].strip():
+            return None
+        return self._controls[ends[-1].group()]
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         """The template's text, in which control tokens are its own."""

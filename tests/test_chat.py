@@ -88,6 +88,18 @@ def test_a_prompt_has_the_bos_that_its_template_writes_once(tmp_path, leads):
     assert brought + ids.tolist() == row == wanted.tolist()
 
 
+def test_a_turn_ends_even_where_nobody_can_say_where_its_answer_begins():
+    # As templates of models that think: a thought is opened for them, and left out of what was.
+    thinks = LETTERS.replace("A: {% endif", "A: <think>{% endif")
+    with renderer(thinks) as started:
+        chat = Chat(TOKENIZER, started)
+        with pytest.raises(ValueError, match="in one way with it"):
+            chat.example(turns("a", "b"))
+        assert chat.end_of_turn() == EOS
+    with renderer("{% for m in messages %}{{ eos_token }}{{ m.content }}{% endfor %}") as started:
+        assert Chat(TOKENIZER, started).end_of_turn() is None
+
+
 def test_a_template_that_writes_nothing_is_refused():
     with renderer("{# #}") as started, pytest.raises(ValueError, match="writes nothing"):
         Chat(TOKENIZER, started).prompt(HI)

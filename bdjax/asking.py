@@ -94,16 +94,17 @@ class Conversation:
     def _fitting(self, messages: list[Message]) -> tuple[Int[np.ndarray, "P"], list[Message]]:
         """The prompt's ids, and the messages in it: without the oldest ones if it must be."""
         kept = list(messages)
+        # BOS, and one block to answer in. Where a text is one block, as long as a row, half of it.
+        room = 1 + min(self._size, self._length // 2)
         while True:
             ids = self._chat.prompt(kept)
-            # BOS, and one block to answer in.
-            if ids.size + 1 + self._size <= self._length:
+            if ids.size + room <= self._length:
                 return ids, kept
             first = 1 if kept[0]["role"] == "system" else 0
             if len(kept) - first < 3:
                 raise ValueError(
                     f"that is {ids.size} tokens, and with the answer {self._length} are the most; "
-                    f"say less, or type --max-length {2 * ids.size}"
+                    f"say less, or type --max-length {2 * ids.size + 2}"
                 )
             del kept[first : first + 2]
 

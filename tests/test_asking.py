@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +91,27 @@ def test_a_conversation_that_is_too_long_forgets_its_oldest_turns(loaded):
         conversation.ask("a" * 30)
         assert conversation.ask("b" * 30) == 2
         assert [m["content"][:1] for m in conversation.messages[::2]] == ["b"]
+
+
+def test_a_model_that_writes_a_text_as_one_block_can_be_talked_to(loaded, monkeypatch):
+    # As LLaDA and Dream, whose block is as long as a row.
+    length = loaded.config.data.row_length
+    asked = []
+
+    def answered(model, prompts, **options):
+        asked.extend(prompts)
+        return [SimpleNamespace(text="yes")]
+
+    monkeypatch.setattr("bdjax.asking.generate", answered)
+    with Conversation(loaded, block_size=length) as conversation:
+        conversation.ask("Hi")
+        assert len(asked) == 1 and conversation.messages[-1]["content"] == "yes"
+        with pytest.raises(ValueError, match="say less, or type --max-length (.*)") as raised:
+            conversation.ask("x" * length)
+    # What is to be typed is enough.
+    typed = int(str(raised.value).split()[-1])
+    with Conversation(loaded, block_size=length, max_length=typed) as conversation:
+        conversation.ask("x" * length)
 
 
 def test_interrupts_end_the_answer_and_then_the_program(loaded):

@@ -167,9 +167,14 @@ def read_questions(path: str | Path) -> list[Question]:
     try:
         # A byte order mark and the carriage returns of other systems are no text.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise ConversationError(
+            f"there is no file {path}; type --prompts with a file that has a prompt a line"
+        ) from error
     except OSError as error:
         raise ConversationError(
-            f"{path} cannot be read ({error.strerror}); type --prompts with a file of prompts"
+            f"{path} cannot be read ({error.strerror}); type --prompts with a file that has a "
+            "prompt a line"
         ) from error
     except UnicodeDecodeError as error:
         raise ConversationError(

@@ -1,16 +1,15 @@
 """Ctrl-C and SIGTERM: the step in flight is finished and saved; a second Ctrl-C ends at once.
 
-What is raised in a callback of the garbage collector, JAX has one, Python prints and forgets: a
-Ctrl-C that comes there is raised a moment later.
+What is raised in a callback of the garbage collector, of which JAX has one, or of a weak reference,
+or in a `__del__`, Python prints and forgets: a Ctrl-C that came there is raised a moment later.
 """
 
 import _thread
 import contextlib
-import gc
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 # Seconds until a Ctrl-C that would be lost comes again.
@@ -40,36 +39,28 @@ class Interrupts:
             # None: the handler was not Python's, and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, frame) -> None:
         if self.asked and number == signal.SIGINT:
-            _interrupt(number, frame)
-        else:
-            self.asked = number
-            self._tell()
+            raise KeyboardInterrupt
+        self.asked = number
+        self._tell()
 
 
 @contextlib.contextmanager
 def no_interrupt_lost() -> Iterator[None]:
-    """While this is open, Ctrl-C raises KeyboardInterrupt wherever it comes.
+    """While this is open, a Ctrl-C that Python forgets comes again."""
+    before = sys.unraisablehook
 
-    Nothing changes outside the main thread, nor where it means something else already.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _interrupt)
+    def forgotten(unraisable) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(_AGAIN, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = forgotten
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks:
-            threading.Timer(_AGAIN, _thread.interrupt_main).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+        sys.unraisablehook = before

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,26 +152,41 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_is_remembered():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-@pytest.mark.parametrize("within", [no_interrupt_lost, Interrupts])
-def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(within):
-    # What is raised there is printed and forgotten; JAX has such a callback.
+class Raising:
+    """Its end is a bad moment for a signal."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["collector", "weak reference", "del"])
+def test_ctrl_c_is_not_lost_where_python_forgets_what_is_raised(where):
+    # JAX has a callback of the garbage collector.
     sent = []
 
-    def callback(phase, info):
-        if phase == "start" and not sent:
-            sent.append(phase)
-            for _ in range(2 if within is Interrupts else 1):
-                signal.raise_signal(signal.SIGINT)
+    def callback(*_):
+        if not sent:
+            sent.append(where)
+            signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
-    gc.callbacks.append(callback)
-    try:
-        with within(), pytest.raises(KeyboardInterrupt):
-            gc.collect()
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with no_interrupt_lost(), pytest.raises(KeyboardInterrupt):
+        try:
+            if where == "collector":
+                gc.callbacks.append(callback)
+                gc.collect()
+            elif where == "weak reference":
+                thing = Interrupts()
+                seen = weakref.ref(thing, callback)
+                del thing
+                assert seen() is None
+            else:
+                Raising()
             time.sleep(5)
-    finally:
-        gc.callbacks.remove(callback)
-    assert sent and signal.getsignal(signal.SIGINT) == before
+        finally:
+            if callback in gc.callbacks:
+                gc.callbacks.remove(callback)
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
 
 
 def test_a_second_ctrl_c_during_a_save_tears_nothing(config, straight, tmp_path, monkeypatch):

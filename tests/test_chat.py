@@ -26,7 +26,7 @@ from bdjax.corpus import Document
 from bdjax.data import PackingConfig, Tail, evaluation_batches
 from bdjax.embedding import TokenEmbedding
 from bdjax.loss import row_losses, token_losses, total
-from bdjax.messages import BEGIN, END, read_messages
+from bdjax.messages import BEGIN, END, ConversationError, read_messages
 from bdjax.objective import Batch, training_row
 from bdjax.overrides import to_json
 from bdjax.tokenizer import ByteTokenizer
@@ -303,7 +303,18 @@ def test_what_is_no_conversation_is_named(tmp_path, record, message):
         read_messages(record)
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n\n" + json.dumps(record))
-    with pytest.raises(ValueError, match=f"chat.jsonl, line 3: {message}"):
+    with pytest.raises(ConversationError, match=f"chat.jsonl, line 3: {message}"):
+        bdjax.ChatLines(paths=(str(file),)).documents()
+
+
+@pytest.mark.parametrize(
+    "data, message", [(b"\xff", "line 1 is not UTF-8"), (b"{", "line 1 is no JSON")]
+)
+def test_what_is_no_line_of_a_conversation_is_the_same_error(tmp_path, data, message):
+    # For the command line, whose exit code for it is 2.
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes(data)
+    with pytest.raises(ConversationError, match=f"chat.jsonl, {message}"):
         bdjax.ChatLines(paths=(str(file),)).documents()
 
 

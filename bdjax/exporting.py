@@ -287,6 +287,8 @@ def _config(
         found = {family.keys.get(key, key): value for key, value in found.items()}
         del found["rope_parameters"], found["rope_scaling"], found["head_dim"]
         found |= {"embedding_size": rows, "block_type": "llama", "layer_norm_type": "rms"}
+        # Where it is silent, LLaDA's class has biases and no RoPE.
+        found |= {"rope": True, "include_bias": False, "include_qkv_bias": False}
     if objective.views == 0:
         return found
     mask = objective.process.mask_id

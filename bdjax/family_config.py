@@ -62,10 +62,12 @@ _NEUTRAL: Mapping[str, tuple] = {
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (None, True),
     "multi_query_attention": _OFF,
-    "rope": (None, True),
+    "rope": (True,),
     "rope_full_precision": (None, True),
     "scale_logits": _OFF,
 }
+# What LLaDA's class takes for another network's where config.json is silent, at the same tensors.
+_LLADA_NEEDED = ("layer_norm_type", "rope")
 _QK_NORM = ("qk_norm", "use_qk_norm", "qk_layernorm")
 # Read here, or of no consequence for what the network computes.
 _KNOWN = """
@@ -159,6 +161,9 @@ class ConfigReader:
             self._warn({*_DIT_KNOWN.split(), *_DIT_NEUTRAL})
             return
         self._check_neutral(_NEUTRAL)
+        for key in _LLADA_NEEDED if self._family.keys else ():
+            if key not in self._found:
+                raise self.fail(key, f"{json.dumps(*_NEUTRAL[key])} there")
         for key in _QK_NORM:
             if self._found.get(key) not in (None, self._family.qk_norm):
                 raise self.fail(key, f"{str(self._family.qk_norm).lower()} there")

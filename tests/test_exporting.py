@@ -52,6 +52,9 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     assert again.config.objective == loaded.config.objective
     assert again.config.chat_template.text == loaded.config.chat_template.text == template
     assert not list(tmp_path.glob("*.part"))
+    if model_type == "llada":
+        said = json.loads((back / "config.json").read_text())
+        assert said["rope"] is True and said["include_bias"] is said["include_qkv_bias"] is False
     # As the base architecture, which transformers knows, it is the same model too.
     base = bdjax.export_model(loaded, tmp_path / "base", dtype="float32")
     known = {"llama", "smollm3", "qwen2", "qwen3"}

@@ -213,6 +213,17 @@ def test_a_config_that_means_other_numbers_is_refused_by_name(model_type, more, 
         decoder_config(found, family_of(model_type, "tiny"))
 
 
+@pytest.mark.parametrize("key, expected", [("rope", "true"), ("layer_norm_type", '"rms"')])
+def test_silence_is_what_the_familys_own_class_makes_of_it(key, expected):
+    # LLaDA's: no RoPE, and layer norms that subtract the mean.
+    found = pretrained("llada")
+    family = family_of("llada", "tiny")
+    assert decoder_config(found, family)
+    del found.config[key]
+    with pytest.raises(PretrainedError, match=f"has no {key}; bdjax reads llada .* {expected}"):
+        decoder_config(found, family)
+
+
 def test_unknown_keys_are_named():
     found = pretrained("llama")
     found.config["odd_new_key"] = 1

@@ -119,8 +119,8 @@ def open_gguf(path: str | Path) -> Pretrained:
         raise PretrainedError(f"{path} holds a {shown(what)}, expected a model")
     if not isinstance(architecture, str) or architecture not in _CLASSES:
         raise PretrainedError(
-            f"{path} is a model of the architecture {shown(architecture)}; "
-            f"{', '.join(sorted(_CLASSES))} are read"
+            f"{path} is a model of the architecture {shown(architecture)}, which bdjax cannot "
+            f"read; take a file of one of these: {', '.join(sorted(_CLASSES))}"
         )
     if not isinstance(parts, int) or parts != 1:
         raise PretrainedError(

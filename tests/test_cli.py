@@ -207,6 +207,11 @@ def test_a_corpus_that_cannot_be_read_is_named(cli, home):
         ("--infill ab", "--infill 'ab' has no blank '_' to fill; type one, as in --infill 'ab_'"),
         (f"--prompt {'x' * ROW}", "prompt 0 has 33 tokens .* max_length=32; .* --max-length 66"),
         (f"--infill {'x' * ROW}_", "prompt 0 has 34 tokens .* max_length=32"),
+        (
+            "--prompt Hi --chat-template x.jinja",
+            "--chat-template writes messages.* type --chat, or",
+        ),
+        ("--chat --json", "--chat goes without --prompts and --json"),
     ],
 )
 def test_sampling_refuses_what_makes_no_sense(cli, flags, words):

@@ -57,6 +57,15 @@ def result(out, name):
     return json.loads((out / "results" / f"{name}.json").read_text())
 
 
+def test_an_interrupt_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.rows, "sources", stop)
+    assert tool.main(["start", str(tmp_path / "new"), "--mix", "mix"]) == 130
+    assert "interrupted; type the same command again" in capsys.readouterr().err
+
+
 def test_windows_are_full_blocks_of_text_and_the_same_each_time(out, mix):
     tokenizer = bdjax.start_config(out / "start").tokenizer
     found = rows.held_out(mix, tokenizer, 128, 300)

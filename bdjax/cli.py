@@ -156,14 +156,28 @@ def _export(args) -> int:
     return 0
 
 
+def _check_sample(args) -> None:
+    """Raises ValueError for flags that do not go together, whatever the model."""
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens} must be at least 1; type --tokens 128")
+    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
+        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
+    if args.chat and (args.prompts or args.json):
+        raise ValueError("--chat goes without --prompts and --json; type --prompts FILE --json")
+    if args.chat_template and not (args.chat or args.prompts):
+        raise ValueError(
+            "--chat-template writes messages, and --prompt is no message; type --chat, or "
+            "--prompts with a .jsonl file of messages"
+        )
+
+
 def _sample(args) -> int:
     # Before a model is read, which may take minutes.
+    _check_sample(args)
     questions = bdjax.read_questions(args.prompts) if args.prompts else []
     loaded = _load(args)
     tokenizer = loaded.config.tokenizer
     size = loaded.config.block_size(args.block_size)
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} must be at least 1; type --tokens 128")
     infill = args.infill or []
     prompts = list(args.prompt or ([] if infill else [""]))
     templates = [_blanks(tokenizer, text, args.blank) for text in infill]
@@ -178,15 +192,6 @@ def _sample(args) -> int:
         "fused": False if args.separate_commit else None,
         "seed": args.seed,
     }
-    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
-        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
-    if args.chat and (args.prompts or args.json):
-        raise ValueError("--chat goes without --prompts and --json; type --prompts FILE --json")
-    if args.chat_template and not (args.chat or args.prompts):
-        raise ValueError(
-            "--chat-template writes messages, and --prompt is no message; type --chat, or "
-            "--prompts with a .jsonl file of messages"
-        )
     if args.chat:
         bdjax.converse(loaded, template=args.chat_template, max_new_tokens=args.tokens, **options)
         return 0

@@ -220,6 +220,12 @@ def test_sampling_refuses_what_makes_no_sense(cli, flags, words):
     assert_matches(words, sentence(err))
 
 
+@pytest.mark.parametrize("flags", ["--tokens 0", "--chat --json", "--chat --prompt Hi"])
+def test_flags_that_do_not_go_together_are_told_before_a_model_is_read(cli, flags):
+    code, _, err = cli(f"sample nothing {flags}")
+    assert code == 1 and flags.split()[0] in sentence(err) and "no folder" not in err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

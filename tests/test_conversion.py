@@ -137,6 +137,19 @@ def test_one_rule_of_all_is_that_rule():
         assert np.array_equal(one.select(stats, view), alone[name].select(stats, view)), name
 
 
+def test_recipes_differ_in_what_they_teach_alone(out):
+    """Objective, clean stream and how rows end: else equal tokens would compare something else."""
+    found = result(out, "start")
+    recipes = ("default", "nbdiff", "sdar", "fast_dllm_v2")
+    first, *others = (tool.config_of(out, found, recipe, 8, 100, []) for recipe in recipes)
+    for config in others:
+        assert config != first
+        model = replace(config.model, clean=first.model.clean)
+        data = replace(config.data, tail=first.data.tail)
+        same = replace(config, objective=first.objective, model=model, data=data, name=first.name)
+        assert same == first
+
+
 @pytest.mark.parametrize("recipe", ["default", "nbdiff", "sdar", "fast_dllm_v2"])
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_recipes_reach_the_block_size_they_are_asked_for(out, recipe, size):

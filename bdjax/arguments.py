@@ -213,6 +213,11 @@ def parser() -> argparse.ArgumentParser:
         "--as", dest="model_type", help="another family, as in sdar (default: fits)"
     )
     export.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as stored)")
+    export.add_argument(
+        "--max-length",
+        type=int,
+        help="longest text that the folder says it is for (default: the training rows' length)",
+    )
 
     tokenizer = command("tokenizer", _TOKENIZER)
     tokenizer.add_argument("files", nargs="+", help="UTF-8 files, .gz and .zst too, or globs")

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from bdjax.chat import Chat, open_template
 from bdjax.chat_template import ChatTemplate, Renderer
 from bdjax.display import clean_text
-from bdjax.generation import Generation, LanguageModel, Snapshot, generate
+from bdjax.generation import Generation, LanguageModel, Snapshot, generate, prompt_ids
 from bdjax.messages import ConversationError, Message, check_messages
 from bdjax.tokenizer import Tokenizer
 
@@ -94,16 +94,17 @@ class Conversation:
     def _fitting(self, messages: list[Message]) -> tuple[Int[np.ndarray, "P"], list[Message]]:
         """The prompt's ids, and the messages in it: without the oldest ones if it must be."""
         kept = list(messages)
+        # BOS, and one block to answer in. Where a text is one block, as long as a row, half of it.
+        room = 1 + min(self._size, self._length // 2)
         while True:
             ids = self._chat.prompt(kept)
-            # BOS, and one block to answer in.
-            if ids.size + 1 + self._size <= self._length:
+            if ids.size + room <= self._length:
                 return ids, kept
             first = 1 if kept[0]["role"] == "system" else 0
             if len(kept) - first < 3:
                 raise ValueError(
                     f"that is {ids.size} tokens, and with the answer {self._length} are the most; "
-                    f"say less, or type --max-length {2 * ids.size}"
+                    f"say less, or type --max-length {2 * ids.size + 2}"
                 )
             del kept[first : first + 2]
 
@@ -159,25 +160,51 @@ def read_questions(path: str | Path) -> list[Question]:
     """Prompts from a file, one a line: text, or, if its name ends in .jsonl, JSON.
 
     A JSON line is a string, {"prompt": ..} or {"messages": ..}; lines of white space alone are
-    passed over. Raises ValueError, with file and line, for a line that is no JSON, and
-    ConversationError for any other; ValueError for a file without one.
+    passed over. Raises ConversationError, with file and line, for a line that is none of these and
+    for a text that UTF-8 cannot hold; and for a file without a prompt or that cannot be read.
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().decode().split("\n")
+        # A byte order mark and the carriage returns of other systems are no text.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise ConversationError(
+            f"there is no file {path}; type --prompts with a file that has a prompt a line"
+        ) from error
+    except OSError as error:
+        raise ConversationError(
+            f"{path} cannot be read ({error.strerror}); type --prompts with a file that has a "
+            "prompt a line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
+        raise ConversationError(
+            f"{path} is not UTF-8 (byte {error.start}); re-encode it, for example iconv -f LATIN1 "
+            f"-t UTF-8 {path}"
+        ) from error
     found: list[Question] = []
     for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
         if line.strip():
             try:
-                found.append(_question(json.loads(line)) if path.suffix == ".jsonl" else line)
+                question = line
+                if path.suffix == ".jsonl":
+                    question = _question(json.loads(line))
+                json.dumps(question, ensure_ascii=False).encode()
+                found.append(question)
             except ConversationError as error:
                 raise ConversationError(f"{path}, line {number}: {error}") from error
+            except UnicodeEncodeError as error:
+                raise ConversationError(
+                    f"{path}, line {number} has a lone surrogate, which no UTF-8 can hold; leave "
+                    "the line out"
+                ) from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ConversationError(
+                    f"{path}, line {number} is no JSON ({error}); expected a string, "
+                    '{"prompt": ..} or {"messages": ..}'
+                ) from error
     if not found:
-        raise ValueError(f"{path} holds no prompt; write one a line")
+        raise ConversationError(f"{path} holds no prompt; write one a line")
     return found
 
 
@@ -193,7 +220,8 @@ def answer(
 
     Messages are written by the run's chat template, or by the Jinja file `template`, and answered
     up to the end of turn; a text is gone on with. `options` are those of `generate`. Raises
-    ValueError for fewer rows than one, and as `generate` does.
+    ValueError for fewer rows than one, and as `generate` does: for any prompt before the first one
+    is answered.
     """
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1; type --rows 8")
@@ -209,8 +237,9 @@ def answer(
                 chat = Chat(language_model.config.tokenizer, renderer)
                 options["stop"] = _stops(chat, language_model.config.tokenizer)
             prompts.append(chat.prompt(question).tolist())
+    checked = prompt_ids(language_model, prompts, options.get("max_length"))
     for first in range(0, len(prompts), rows):
-        yield from generate(language_model, prompts[first : first + rows], **options)
+        yield from generate(language_model, checked[first : first + rows], **options)
 
 
 def committed(snapshot: Snapshot, size: int, stop: Sequence[int]) -> Int[np.ndarray, "T"]:

@@ -7,6 +7,7 @@ A LoRA run reads nothing outside its folder, and writes the large part of its pa
 """
 
 import dataclasses
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from bdjax.checkpoint import CheckpointError, Checkpoints, read_config, restore_params
 from bdjax.config import TrainConfig, config_from_json
 from bdjax.hf_folder import is_pretrained
+from bdjax.hf_tokenizer import HuggingFaceTokenizer
+from bdjax.interrupts import Interrupts
 from bdjax.lora import join, merged, split
 from bdjax.overrides import to_json
 from bdjax.pretrained import PretrainedError
@@ -92,16 +95,25 @@ def without_lora(config: TrainConfig) -> TrainConfig:
 def write_run(directory: str | Path, config: TrainConfig, params: Any, step: int = 0) -> None:
     """A run with one checkpoint of `params` and nothing to resume: for `load` and `start_from`.
 
-    What was made of a run that cannot be finished is taken away again. Raises CheckpointError when
-    there is a whole checkpoint of this step, or no room.
+    What was made of a run that cannot be finished is taken away again. After Ctrl-C, too, once the
+    writers have ended: they cannot be called off, and would make anew what goes before. Raises
+    CheckpointError when there is a whole checkpoint of this step, or no room.
     """
     directory = Path(directory)
     before = set(directory.iterdir()) if directory.exists() else None
+
+    def told() -> None:
+        warnings.warn(
+            f"interrupted: {directory} goes as soon as its writers have ended", stacklevel=2
+        )
+
     try:
         config = config.keep(directory, write=jax.process_index() == 0)
-        with Checkpoints(directory, keep=1) as kept:
+        with Checkpoints(directory, keep=1) as kept, Interrupts(told) as interrupts:
             kept.save(step, {"params": params}, to_json(config))
             kept.wait()
+        if interrupts.asked:
+            raise KeyboardInterrupt
     except BaseException:
         if before is None:
             shutil.rmtree(directory, ignore_errors=True)
@@ -112,8 +124,17 @@ def write_run(directory: str | Path, config: TrainConfig, params: Any, step: int
 
 
 def check_free(run: str | Path) -> None:
-    """Raises CheckpointError for a folder that has checkpoints, before anything is read for it."""
-    if (Path(run) / "checkpoints").exists():
+    """Raises CheckpointError for a folder that has checkpoints or that nothing can be written to,
+    before anything is read for it."""
+    run = Path(run)
+    there = next(place for place in (run, *run.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise CheckpointError(f"{there} is no folder; type --run with another place for the run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{there} cannot be written to; type --run with another place for the run"
+        )
+    if (run / "checkpoints").exists():
         raise CheckpointError(f"{run} has checkpoints already; type another folder for the run")
 
 
@@ -129,6 +150,9 @@ def keep_base(directory: Path, config: TrainConfig, params: Any) -> None:
 def start_config(place: str | Path) -> TrainConfig:
     """The config of the run at `place`, for a `get_config(start)` to build on.
 
+    Its prompts begin with BOS, whatever those of a model that somebody else made do: every document
+    that it is trained on here does.
+
     Raises CheckpointError where there is no such run, PretrainedError for somebody else's model.
     """
     if is_pretrained(place):
@@ -136,7 +160,10 @@ def start_config(place: str | Path) -> TrainConfig:
             f"{place} is no run of ours yet; type bdjax import {place} --run RUN, and start from "
             "that run"
         )
-    return config_from_json(read_config(place), place)
+    config = config_from_json(read_config(place), place)
+    if isinstance(config.tokenizer, HuggingFaceTokenizer):
+        config = replace(config, tokenizer=replace(config.tokenizer, leads=True))
+    return config
 
 
 def start_params(config: TrainConfig) -> Any:

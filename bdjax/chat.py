@@ -48,12 +48,19 @@ class Chat:
         self._longest = max(map(len, spellings), default=0)
 
     def prompt(self, messages: Sequence[Message]) -> Int[np.ndarray, "P"]:
-        """The ids of a conversation that the model is to go on with, without BOS.
+        """The ids of a conversation that the model is to go on with, without the BOS that prompts
+        bring along: none where the tokenizer starts without it. There one is the template's own,
+        as of SmolLM2, whose BOS begins every turn.
 
-        Raises ConversationError for messages that the template refuses.
+        Raises ConversationError for messages that the template refuses or makes nothing of.
         """
-        text = _unmarked(self._render(messages, prompt=True))
-        return self._headless(self._encode(text))
+        ids = self._encode(_unmarked(self._render(messages, prompt=True)))
+        if not ids.size:
+            raise ConversationError(
+                "the template writes nothing for these messages; take another, such as the model's "
+                "own chat_template.jinja"
+            )
+        return self._headless(ids) if self._tokenizer.starts_with_bos else ids
 
     def example(self, messages: Sequence[Message]) -> Example:
         """The last message, the assistant's, as the answer to those before it.
@@ -83,9 +90,13 @@ class Chat:
     def end_of_turn(self) -> int | None:
         """The control token with which the template ends an answer, if it has one."""
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        answer = self.example(turn).answer
-        last = int(answer[-1]) if answer.size else None
-        return last if last in self._controls.values() else None
+        # Not by `example`: where a template opens answers with a thought that it leaves out of old
+        # ones, nobody can say where one begins, and it ends all the same.
+        whole = _unmarked(self._render(turn, prompt=False))
+        ends = list(self._control.finditer(whole))
+        if not ends or whole[ends[-1].end() :].strip():
+            return None
+        return self._controls[ends[-1].group()]
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         """The template's text, in which control tokens are its own."""
@@ -142,8 +153,8 @@ class Chat:
                 end = found.end()
         return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
-    def _headless(self, ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
-        """Without the template's BOS: rows and prompts bring their own."""
+    def _headless(self, ids: Int[np.ndarray, "T"]) -> Int[np.ndarray, "P"]:
+        """Without the template's BOS, where one is brought along, as rows do."""
         return ids[1:] if ids[:1].tolist() == [self._tokenizer.bos_id] else ids
 
 

@@ -77,8 +77,8 @@ class ChatTemplate:
             return Path(self.path).read_bytes().decode()
         except OSError as error:
             raise ValueError(
-                f"{self.path} cannot be read ({error.strerror}); type chat_template.path= of a "
-                "Jinja file, such as a model's chat_template.jinja"
+                f"{self.path} cannot be read ({error.strerror}); type the path of a Jinja file, "
+                "such as a model's chat_template.jinja"
             ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is no chat template: it is not UTF-8") from error

@@ -17,6 +17,7 @@ from rich.progress import track
 import bdjax
 from bdjax.arguments import parser as make_parser
 from bdjax.display import Denoising, Reading, clean_text
+from bdjax.interrupts import no_interrupt_lost
 
 
 def _policy(args, size: int) -> bdjax.Policy:
@@ -148,18 +149,35 @@ def _export(args) -> int:
             args.out,
             model_type=args.model_type,
             dtype=args.dtype,
+            max_length=args.max_length,
             progress=writing.update,
         )
     print(f"{out}: type AutoModelForCausalLM.from_pretrained({str(out)!r}) to load it elsewhere")
     return 0
 
 
+def _check_sample(args) -> None:
+    """Raises ValueError for flags that do not go together, whatever the model."""
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens} must be at least 1; type --tokens 128")
+    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
+        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
+    if args.chat and (args.prompts or args.json):
+        raise ValueError("--chat goes without --prompts and --json; type --prompts FILE --json")
+    if args.chat_template and not (args.chat or args.prompts):
+        raise ValueError(
+            "--chat-template writes messages, and --prompt is no message; type --chat, or "
+            "--prompts with a .jsonl file of messages"
+        )
+
+
 def _sample(args) -> int:
+    # Before a model is read, which may take minutes.
+    _check_sample(args)
+    questions = bdjax.read_questions(args.prompts) if args.prompts else []
     loaded = _load(args)
     tokenizer = loaded.config.tokenizer
     size = loaded.config.block_size(args.block_size)
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} must be at least 1; type --tokens 128")
     infill = args.infill or []
     prompts = list(args.prompt or ([] if infill else [""]))
     templates = [_blanks(tokenizer, text, args.blank) for text in infill]
@@ -174,13 +192,11 @@ def _sample(args) -> int:
         "fused": False if args.separate_commit else None,
         "seed": args.seed,
     }
-    if (args.chat or args.prompts) and (args.prompt or args.infill or args.watch):
-        raise ValueError("--chat and --prompts go without --prompt, --infill and --watch")
     if args.chat:
         bdjax.converse(loaded, template=args.chat_template, max_new_tokens=args.tokens, **options)
         return 0
     if args.prompts:
-        return _sample_file(args, loaded, options)
+        return _sample_file(args, loaded, questions, options)
 
     def run(watch=None):
         """Prompts go on until they stop; templates keep all of their own text and end with it."""
@@ -221,9 +237,8 @@ def _sample(args) -> int:
     return 0
 
 
-def _sample_file(args, loaded: bdjax.LanguageModel, options: dict) -> int:
+def _sample_file(args, loaded: bdjax.LanguageModel, questions: list, options: dict) -> int:
     """Answers to a file of prompts, each as soon as its rows are done."""
-    questions = bdjax.read_questions(args.prompts)
     options |= {"rows": args.rows, "template": args.chat_template, "max_new_tokens": args.tokens}
     found = bdjax.answer(loaded, questions, **options)
     bar = track(found, "sampling", len(questions), console=Console(stderr=True), transient=True)
@@ -330,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
     }[args.command]
     try:
-        with warnings.catch_warnings():
+        with no_interrupt_lost(), warnings.catch_warnings():
             warnings.showwarning = _warn
             return run(args)
     except (ValueError, OSError, *_TOLD) as error:

@@ -222,7 +222,8 @@ class TrainConfig:
     def block_size(self, asked: int | None = None) -> int:
         """The block size to sample or evaluate with: `asked`, or the largest of the training.
 
-        Raises ValueError for one that no training row could hold.
+        Raises ValueError for one that no training row could hold, and for more than one token of a
+        model that has never seen a mask.
         """
         trained = self.objective.block_size.largest
         size = trained if asked is None else asked
@@ -230,6 +231,11 @@ class TrainConfig:
             raise ValueError(
                 f"block_size={size} must be from 1 to {self.data.row_length}, the length of the "
                 f"training rows; type --block-size {trained}"
+            )
+        if size > trained and not self.objective.views:
+            raise ValueError(
+                f"block_size={size}: {self.name} writes token by token and was never trained to "
+                "fill in a mask; type --block-size 1, or bdjax convert and train"
             )
         return size
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from bdjax import presets
 from bdjax.base import check_free, write_run
-from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig
+from bdjax.config import EvaluationConfig, MeshConfig, TrainConfig, check_seed
 from bdjax.generation import LanguageModel, load
 from bdjax.hf_tokenizer import HuggingFaceTokenizer
 from bdjax.learning_rate import StableDecay
@@ -46,9 +46,11 @@ def convert_model(
     does not name, else a new one behind all others. A run that cannot be finished is taken away.
 
     Raises PretrainedError for a model that is no AR model, a mask_id that means something and a
-    block_size that does not divide the rows; CheckpointError where `run` has checkpoints already.
+    block_size that does not divide the rows, ValueError for a seed of more than 32 bits;
+    CheckpointError where `run` has checkpoints already.
     """
     check_free(run)
+    check_seed(seed)
     loaded = load(path, dtype="float32", mesh=MeshConfig(), progress=progress)
     with jax.set_mesh(loaded.config.mesh.build()):
         config, params = with_mask(loaded, path, mask_id, block_size, seed)

@@ -40,35 +40,49 @@ def export_model(
     *,
     model_type: str | None = None,
     dtype: str | None = None,
+    max_length: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes `folder` and returns it: config, tokenizer, generation settings, weights, LoRA merged.
 
     model_type: the family to write, None for the base architecture that fits. dtype: of the
-    weights, None for theirs. It is written beside its place and moved there when it is whole.
+    weights, None for theirs. max_length: of a text, which the folder tells programs that serve it,
+    by default the training rows' length, at most 2048 for an imported model. It is written beside
+    its place and moved there when it is whole.
     progress: called with bytes written and bytes to write.
 
-    Raises PretrainedError for a network that no family has, FileExistsError when `folder` exists.
+    Raises PretrainedError for a network that no family has and a `folder` that cannot be made,
+    FileExistsError when it is there.
     """
-    language_model = merge(language_model)
-    folder, config = Path(folder), language_model.config
-    if folder.exists():
+    folder = Path(folder)
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists; type --out with another folder")
+    language_model = merge(language_model)
+    config = language_model.config
+    longest = config.data.row_length if max_length is None else max_length
+    if longest < 1:
+        raise ValueError(f"max_length={longest} must be at least 1; type --max-length 4096")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1; type 5000000000")
     family = _family(config, model_type)
     rows = _rows(config)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    # A name of its own: what others have there is not ours to take away.
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise PretrainedError(
+            f"{folder} cannot be made ({error.strerror}); type --out with another folder"
+        ) from error
     try:
         wanted = stored(family, language_model.model.table(), rows)
         tensors = _Parameters(language_model.params, wanted, dtype)
         files = _write_tensors(part, tensors, shard_bytes, progress)
-        _write(part / "config.json", _config(config, family, rows, tensors.dtype_name))
+        facts = _config(config, family, rows, longest, tensors.dtype_name)
+        _write(part / "config.json", facts)
         _write(part / "generation_config.json", _generation(config))
-        _write(part / "tokenizer_config.json", _tokenizer_config(config))
+        _write(part / "tokenizer_config.json", _tokenizer_config(config, longest))
         (part / FILE_NAME).write_text(config.tokenizer.to_json(), encoding="utf-8")
         if config.chat_template is not None:
             (part / TEMPLATE_NAME).write_text(config.chat_template.text, encoding="utf-8")
@@ -199,6 +213,11 @@ def _family(config: TrainConfig, model_type: str | None) -> Family:
             f"bdjax cannot write {family.model_type} folders; leave --as out, or type it with "
             "another family"
         )
+    if family.decoding is not Decoding.TOKENS and config.objective.views == 0:
+        raise PretrainedError(
+            f"this model writes token by token, and a {family.model_type} model does not; leave "
+            "--as out, or make it write in blocks by bdjax convert first"
+        )
     misfits = {
         f"qkv_bias={c.qkv_bias}": c.qkv_bias != family.qkv_bias,
         f"qk_norm={c.qk_norm}": c.qk_norm != family.qk_norm,
@@ -226,7 +245,9 @@ def _rows(config: TrainConfig) -> int:
     return rows - 1 if plain and tokenizer.mask_id == rows - 1 else rows
 
 
-def _config(config: TrainConfig, family: Family, rows: int, dtype: str) -> dict[str, Any]:
+def _config(
+    config: TrainConfig, family: Family, rows: int, longest: int, dtype: str
+) -> dict[str, Any]:
     c, tokenizer, objective = config.model, config.tokenizer, config.objective
     rope: dict[str, Any] = {"rope_type": "default"}
     if (s := c.rope_scaling) is not None:
@@ -253,7 +274,7 @@ def _config(config: TrainConfig, family: Family, rows: int, dtype: str) -> dict[
         # The library reads rope_theta at the top up to version 4, and in here from 5 on.
         "rope_scaling": None if c.rope_scaling is None else rope,
         "rope_parameters": rope | {"rope_theta": c.rope_theta},
-        "max_position_embeddings": config.data.row_length,
+        "max_position_embeddings": longest,
         "tie_word_embeddings": c.tied_head,
         "torch_dtype": dtype,
         "bos_token_id": tokenizer.bos_id,
@@ -266,6 +287,8 @@ def _config(config: TrainConfig, family: Family, rows: int, dtype: str) -> dict[
         found = {family.keys.get(key, key): value for key, value in found.items()}
         del found["rope_parameters"], found["rope_scaling"], found["head_dim"]
         found |= {"embedding_size": rows, "block_type": "llama", "layer_norm_type": "rms"}
+        # Where it is silent, LLaDA's class has biases and no RoPE.
+        found |= {"rope": True, "include_bias": False, "include_qkv_bias": False}
     if objective.views == 0:
         return found
     mask = objective.process.mask_id
@@ -298,12 +321,12 @@ def _generation(config: TrainConfig) -> dict[str, Any]:
     return {"bos_token_id": config.tokenizer.bos_id, "eos_token_id": ends}
 
 
-def _tokenizer_config(config: TrainConfig) -> dict[str, Any]:
+def _tokenizer_config(config: TrainConfig, longest: int) -> dict[str, Any]:
     """Enough for the library's own class to read tokenizer.json and leave texts as they are."""
     named = {"bos_token": config.tokenizer.bos_id, "eos_token": config.tokenizer.eos_id}
     spelled = {key: config.tokenizer.spelling(number) for key, number in named.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config.data.row_length,
+        "model_max_length": longest,
     } | {key: text for key, text in spelled.items() if text is not None}

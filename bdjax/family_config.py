@@ -1,7 +1,6 @@
 """config.json to a `DecoderConfig`: every key that changes a number is used, or refused by name."""
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Set
 from typing import Any
@@ -34,6 +33,21 @@ _NEUTRAL: Mapping[str, tuple] = {
     "n_routed_experts": (None, 0),
     "quantization_config": (None,),
     "use_mrope": _OFF,
+    # Of relatives of these families.
+    "original_max_position_embeddings": (None,),
+    "dual_chunk_attention_config": (None,),
+    "attention_chunk_size": (None,),
+    "attn_temperature_tuning": _OFF,
+    "sliding_window_pattern": (None, 1),
+    "interleaved_sliding_window": (None,),
+    "rope_interleave": _OFF,
+    "rope_ratio": (None, 1),
+    "rotary_dim": (None,),
+    "parallel_residual": _OFF,
+    "use_parallel_residual": _OFF,
+    "scale_emb": (None, 1),
+    "embedding_scale": (None, 1),
+    "residual_scale": (None, 1),
     "clip_qkv": (None,),
     "is_encoder_decoder": _OFF,
     "add_cross_attention": _OFF,
@@ -48,10 +62,12 @@ _NEUTRAL: Mapping[str, tuple] = {
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (None, True),
     "multi_query_attention": _OFF,
-    "rope": (None, True),
+    "rope": (True,),
     "rope_full_precision": (None, True),
     "scale_logits": _OFF,
 }
+# What LLaDA's class takes for another network's where config.json is silent, at the same tensors.
+_LLADA_NEEDED = ("layer_norm_type", "rope")
 _QK_NORM = ("qk_norm", "use_qk_norm", "qk_layernorm")
 # Read here, or of no consequence for what the network computes.
 _KNOWN = """
@@ -89,6 +105,8 @@ output_attentions output_hidden_states _name_or_path block_diffusion
 """
 # A length beyond this is no model's; what is derived from it would be built before it is refused.
 _LARGEST = 2**31
+# What float32 can hold.
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-37, 1e37
 
 
 class ConfigReader:
@@ -123,9 +141,9 @@ class ConfigReader:
         return value
 
     def number(self, key: str, value: Any) -> float:
-        """`value` as a finite float above zero; errors name `key`."""
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.fail(key, "a number above zero there")
+        """`value` as a float above zero that float32 can hold; errors name `key`."""
+        if type(value) not in (int, float) or not _SMALLEST_NUMBER < value < _LARGEST_NUMBER:
+            raise self.fail(key, "a number above zero there, at most 1e37")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -143,6 +161,9 @@ class ConfigReader:
             self._warn({*_DIT_KNOWN.split(), *_DIT_NEUTRAL})
             return
         self._check_neutral(_NEUTRAL)
+        for key in _LLADA_NEEDED if self._family.keys else ():
+            if key not in self._found:
+                raise self.fail(key, f"{json.dumps(*_NEUTRAL[key])} there")
         for key in _QK_NORM:
             if self._found.get(key) not in (None, self._family.qk_norm):
                 raise self.fail(key, f"{str(self._family.qk_norm).lower()} there")
@@ -270,14 +291,22 @@ def _rope(read: ConfigReader, family: Family) -> tuple[float, Llama3Scaling | No
     found = {} if found is None else found
     if not isinstance(found, dict):
         raise read.fail(key, "null or an object there")
-    theta = found.get("rope_theta", read.get("rope_theta"))
+    if any(isinstance(value, dict) for value in found.values()):
+        raise read.fail(key, "the same in every layer")
+    older = read.get("rope_scaling")
+    if older is not None and (not isinstance(older, dict) or _turns(older) != _turns(found)):
+        raise read.fail("rope_scaling", "the same there as in rope_parameters")
+    theta, outer = found.get("rope_theta"), read.get("rope_theta")
+    if theta is not None and outer is not None and theta != outer:
+        raise read.fail("rope_theta", f"the same there as in {key}, {str(theta)[:80]}")
+    theta = outer if theta is None else theta
     theta = family.rope_theta if theta is None else theta
     if theta is None:
         raise read.fail("rope_theta", "the base of its RoPE there")
     theta = read.number("rope_theta", theta)
     if found.get("partial_rotary_factor") not in (None, 1):
         raise read.fail(key, "partial_rotary_factor=1")
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = _turns(found)["rope_type"]
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -294,6 +323,12 @@ def _rope(read: ConfigReader, family: Family) -> tuple[float, Llama3Scaling | No
     return theta, Llama3Scaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_length=original
     )
+
+
+def _turns(found: dict[str, Any]) -> dict[str, Any]:
+    """A scaling without its base and under the newer name of its kind."""
+    rest = {key: value for key, value in found.items() if key not in ("rope_theta", "type")}
+    return {"rope_type": found.get("type", "default")} | rest
 
 
 def _rope_layers(read: ConfigReader, family: Family, layers: int) -> tuple[bool, ...] | None:

@@ -156,14 +156,7 @@ def generate(
     _check_options(temperature, top_k, top_p, max_new_tokens)
     check_seed(seed)
     longest = config.data.row_length if max_length is None else max_length
-    if longest < 2:
-        raise ValueError(
-            f"max_length={longest} has no room for BOS and a token; type --max-length "
-            f"{config.data.row_length}"
-        )
-    if isinstance(prompts, str):
-        raise ValueError("prompts is a text, and should be a list of them; type [prompt]")
-    rows = [_prompt_ids(config, number, prompt, longest) for number, prompt in enumerate(prompts)]
+    rows = prompt_ids(language_model, prompts, max_length)
     if not rows:
         return []
     shards = config.mesh.data * config.mesh.fsdp
@@ -208,6 +201,25 @@ def generate(
                 watch(_snapshot(state))
     ends = [int(x) for x in np.asarray(controls.stop)]
     return [_result(config, state, number, ends) for number in range(len(rows))]
+
+
+def prompt_ids(
+    language_model: LanguageModel, prompts: Sequence[Prompt], max_length: int | None = None
+) -> list[list[int | None]]:
+    """The ids of each prompt, with BOS where there has to be one; errors count prompts from 0.
+
+    Raises ValueError as `generate` does for prompts and max_length.
+    """
+    config = language_model.config
+    longest = config.data.row_length if max_length is None else max_length
+    if longest < 2:
+        raise ValueError(
+            f"max_length={longest} has no room for BOS and a token; type --max-length "
+            f"{config.data.row_length}"
+        )
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a text, and should be a list of them; type [prompt]")
+    return [_prompt_ids(config, number, prompt, longest) for number, prompt in enumerate(prompts)]
 
 
 def _run(sampler: Sampler, params, state: State, watched: bool) -> Iterator[State]:

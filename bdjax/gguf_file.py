@@ -79,8 +79,9 @@ class _Keys:
 
     def scaling(self) -> dict[str, Any] | None:
         """RoPE scaling in Hugging Face's words."""
-        kind = self._take("rope.scaling.type", "none")
         factor = self.real("rope.scaling.factor", 1.0)
+        # llama.cpp scales by a factor alone, too.
+        kind = self._take("rope.scaling.type", "none" if factor == 1 else "linear")
         original = self.whole("rope.scaling.original_context_length", 0)
         if not isinstance(kind, str):
             raise PretrainedError(
@@ -118,8 +119,8 @@ def open_gguf(path: str | Path) -> Pretrained:
         raise PretrainedError(f"{path} holds a {shown(what)}, expected a model")
     if not isinstance(architecture, str) or architecture not in _CLASSES:
         raise PretrainedError(
-            f"{path} is a model of the architecture {shown(architecture)}; "
-            f"{', '.join(sorted(_CLASSES))} are read"
+            f"{path} is a model of the architecture {shown(architecture)}, which bdjax cannot "
+            f"read; take a file of one of these: {', '.join(sorted(_CLASSES))}"
         )
     if not isinstance(parts, int) or parts != 1:
         raise PretrainedError(

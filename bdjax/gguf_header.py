@@ -147,10 +147,13 @@ def read_header(path: str | Path) -> Header:
         start = file.read(len(_MAGIC) + 4)
         if start[: len(_MAGIC)] != _MAGIC:
             raise PretrainedError(
-                f"{path} is no GGUF file: it starts with {start[:4]!r}, expected {_MAGIC!r}"
+                f"{path} is no GGUF file: it starts with {start[:4]!r}, expected {_MAGIC!r}; fetch "
+                "the file again"
             )
         if len(start) < len(_MAGIC) + 4:
-            raise PretrainedError(f"{path} is not whole: it ends after {len(start)} bytes")
+            raise PretrainedError(
+                f"{path} is not whole: it ends after {len(start)} bytes; fetch it again"
+            )
         _require_version(path, start[len(_MAGIC) :])
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data, path)

@@ -49,8 +49,8 @@ def read_conversations(paths_or_globs: Paths) -> list[Document]:
     """One conversation per line: {"messages": [{"role", "content"}, ..]} or {"prompt", "response"}.
 
     The documents hold the messages as JSON. Raises FileNotFoundError for a path or pattern without
-    a file; ValueError, with file and line, for a line that is not UTF-8 or not JSON, and
-    ConversationError for one that is no conversation; ValueError for files without a line.
+    a file; ConversationError, with file and line, for a line that is not UTF-8, not JSON or no
+    conversation, and for a file that cannot be unpacked; ValueError for files without a line.
     """
     found = [d for path in _files(paths_or_globs) for d in _conversations(path)]
     if not found:
@@ -126,13 +126,18 @@ def _json_documents(path: Path, field: str) -> Iterator[Document]:
 
 
 def _conversations(path: Path) -> Iterator[Document]:
-    for where, record in _json_records(path, {"prompt": "Hi", "response": "Hello"}):
-        try:
-            messages = read_messages(record)
-        except ConversationError as error:
-            raise ConversationError(f"{where}: {error}") from error
-        text = json.dumps(messages, ensure_ascii=False)
-        yield Document(where, _utf8(text, where), conversation=True)
+    try:
+        for where, record in _json_records(path, {"prompt": "Hi", "response": "Hello"}):
+            try:
+                messages = read_messages(record)
+            except ConversationError as error:
+                raise ConversationError(f"{where}: {error}") from error
+            text = json.dumps(messages, ensure_ascii=False)
+            yield Document(where, _utf8(text, where), conversation=True)
+    except ConversationError:
+        raise
+    except ValueError as error:
+        raise ConversationError(str(error)) from error
 
 
 def _json_records(path: Path, example: dict[str, str]) -> Iterator[tuple[str, object]]:

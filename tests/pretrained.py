@@ -58,6 +58,7 @@ SPECIAL = {
         "embedding_size": ROWS,
         "block_type": "llama",
         "layer_norm_type": "rms",
+        "rope": True,
         "rope_full_precision": True,
     },
 }

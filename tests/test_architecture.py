@@ -202,7 +202,7 @@ def test_the_command_line_uses_the_public_names_alone():
         and node.value.id == "bdjax"
     }
     assert used - set(bdjax.__all__) <= {"__version__"}
-    assert set(own(path)) <= {"__init__", "arguments", "display"}
+    assert set(own(path)) <= {"__init__", "arguments", "display", "interrupts"}
 
 
 def test_types_are_shipped():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bdjax.asking import Conversation, answer, committed, converse, read_questio
 from bdjax.chat_template import ChatTemplate
 from bdjax.cli import main
 from bdjax.generation import Snapshot
+from bdjax.messages import ConversationError
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.0, "max_length": 64}
 
@@ -91,6 +93,27 @@ def test_a_conversation_that_is_too_long_forgets_its_oldest_turns(loaded):
         assert [m["content"][:1] for m in conversation.messages[::2]] == ["b"]
 
 
+def test_a_model_that_writes_a_text_as_one_block_can_be_talked_to(loaded, monkeypatch):
+    # As LLaDA and Dream, whose block is as long as a row.
+    length = loaded.config.data.row_length
+    asked = []
+
+    def answered(model, prompts, **options):
+        asked.extend(prompts)
+        return [SimpleNamespace(text="yes")]
+
+    monkeypatch.setattr("bdjax.asking.generate", answered)
+    with Conversation(loaded, block_size=length) as conversation:
+        conversation.ask("Hi")
+        assert len(asked) == 1 and conversation.messages[-1]["content"] == "yes"
+        with pytest.raises(ValueError, match="say less, or type --max-length (.*)") as raised:
+            conversation.ask("x" * length)
+    # What is to be typed is enough.
+    typed = int(str(raised.value).split()[-1])
+    with Conversation(loaded, block_size=length, max_length=typed) as conversation:
+        conversation.ask("x" * length)
+
+
 def test_interrupts_end_the_answer_and_then_the_program(loaded):
     stopped = talk(loaded, "Hi", None, "never read", stop_at=1)
     assert "\n[stopped]\n" in stopped.out and stopped.lines == ["never read"]
@@ -128,15 +151,28 @@ def test_files_of_prompts(tmp_path):
     talked = {"messages": [{"role": "user", "content": "x"}]}
     lines = "\n".join(map(json.dumps, ["a", {"prompt": "b"}, talked])).encode()
     assert read("a.jsonl", lines) == ["a", "b", talked["messages"]]
+    assert read("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n\r\n") == ["one", "two"]
+    assert read("a.jsonl", b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))[1] == "b"
     for text, message in (
         (b"[1]", r"a.jsonl, line 1: expected a string, {\"prompt\""),
-        (b'"a"\n{', "a.jsonl, line 2: "),
+        (b'"a"\n{', "a.jsonl, line 2 is no JSON"),
+        (rb'"a\ud800"', "a.jsonl, line 1 has a lone surrogate"),
+        (rb'{"messages": [{"role": "user", "content": "\udfff"}]}', "line 1 has a lone surrogate"),
         (b'{"messages": [{"role": "bot"}]}', "line 1: message 1 has the role 'bot'"),
         (b"\n \n", "a.jsonl holds no prompt; write one a line"),
         (b"\xff", "a.jsonl is not UTF-8"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConversationError, match=message):
             read("a.jsonl", text)
+    for place in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(ConversationError, match="(no file|cannot be read).*; type --prompts"):
+            read_questions(place)
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_any_is_answered(loaded):
+    questions = ["a"] * 9 + ["x" * 99]
+    with pytest.raises(ValueError, match="prompt 9 has 100 tokens with BOS"):
+        next(answer(loaded, questions, rows=2, **OPTIONS))
 
 
 @pytest.mark.slow

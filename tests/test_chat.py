@@ -26,7 +26,7 @@ from bdjax.corpus import Document
 from bdjax.data import PackingConfig, Tail, evaluation_batches
 from bdjax.embedding import TokenEmbedding
 from bdjax.loss import row_losses, token_losses, total
-from bdjax.messages import BEGIN, END, read_messages
+from bdjax.messages import BEGIN, END, ConversationError, read_messages
 from bdjax.objective import Batch, training_row
 from bdjax.overrides import to_json
 from bdjax.tokenizer import ByteTokenizer
@@ -69,6 +69,40 @@ def test_an_answer_goes_from_the_prompt_to_its_end_of_turn(chat):
     # What the model is asked is what it was trained on.
     np.testing.assert_array_equal(chat.prompt(talk[:3]), second.prompt)
     assert chat.end_of_turn() == EOS
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_prompt_has_the_bos_that_its_template_writes_once(tmp_path, leads):
+    # SmolLM2's BOS is the token that begins every turn, and its prompts bring none along.
+    tokenizer = replace(with_turns(tmp_path), bos="<|im_start|>", leads=leads)
+    with renderer(MODELS["chatml"]) as started:
+        chat = Chat(tokenizer, started)
+        talk = turns("Hi", "you")
+        ids = chat.prompt(talk[:1])
+        # Rows have their BOS whatever prompts do.
+        row = [tokenizer.bos_id, *chat.example(talk).prompt.tolist()]
+    wanted = tokenizer.encode_with_specials(started.render(talk[:1], add_generation_prompt=True))
+    started.__exit__()
+    assert wanted[0] == tokenizer.bos_id
+    brought = [tokenizer.bos_id] if leads else []
+    assert brought + ids.tolist() == row == wanted.tolist()
+
+
+def test_a_turn_ends_even_where_nobody_can_say_where_its_answer_begins():
+    # As templates of models that think: a thought is opened for them, and left out of what was.
+    thinks = LETTERS.replace("A: {% endif", "A: <think>{% endif")
+    with renderer(thinks) as started:
+        chat = Chat(TOKENIZER, started)
+        with pytest.raises(ValueError, match="in one way with it"):
+            chat.example(turns("a", "b"))
+        assert chat.end_of_turn() == EOS
+    with renderer("{% for m in messages %}{{ eos_token }}{{ m.content }}{% endfor %}") as started:
+        assert Chat(TOKENIZER, started).end_of_turn() is None
+
+
+def test_a_template_that_writes_nothing_is_refused():
+    with renderer("{# #}") as started, pytest.raises(ValueError, match="writes nothing"):
+        Chat(TOKENIZER, started).prompt(HI)
 
 
 # Whole specials, and halves that the template or the next message could complete.
@@ -226,7 +260,7 @@ def test_a_template_opens_no_file_and_needs_none():
 def test_faults_of_a_template_are_sentences(tmp_path):
     with pytest.raises(TemplateError, match="the chat template: line 1: "), renderer("{% for %}"):
         pass
-    with pytest.raises(ValueError, match="none.jinja cannot be read .*type chat_template.path="):
+    with pytest.raises(ValueError, match="none.jinja cannot be read .*type the path of"):
         _ = ChatTemplate(path=str(tmp_path / "none.jinja")).text
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="latin.jinja is no chat template: it is not UTF-8"):
@@ -269,7 +303,18 @@ def test_what_is_no_conversation_is_named(tmp_path, record, message):
         read_messages(record)
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n\n" + json.dumps(record))
-    with pytest.raises(ValueError, match=f"chat.jsonl, line 3: {message}"):
+    with pytest.raises(ConversationError, match=f"chat.jsonl, line 3: {message}"):
+        bdjax.ChatLines(paths=(str(file),)).documents()
+
+
+@pytest.mark.parametrize(
+    "data, message", [(b"\xff", "line 1 is not UTF-8"), (b"{", "line 1 is no JSON")]
+)
+def test_what_is_no_line_of_a_conversation_is_the_same_error(tmp_path, data, message):
+    # For the command line, whose exit code for it is 2.
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes(data)
+    with pytest.raises(ConversationError, match=f"chat.jsonl, {message}"):
         bdjax.ChatLines(paths=(str(file),)).documents()
 
 

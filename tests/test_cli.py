@@ -207,12 +207,23 @@ def test_a_corpus_that_cannot_be_read_is_named(cli, home):
         ("--infill ab", "--infill 'ab' has no blank '_' to fill; type one, as in --infill 'ab_'"),
         (f"--prompt {'x' * ROW}", "prompt 0 has 33 tokens .* max_length=32; .* --max-length 66"),
         (f"--infill {'x' * ROW}_", "prompt 0 has 34 tokens .* max_length=32"),
+        (
+            "--prompt Hi --chat-template x.jinja",
+            "--chat-template writes messages.* type --chat, or",
+        ),
+        ("--chat --json", "--chat goes without --prompts and --json"),
     ],
 )
 def test_sampling_refuses_what_makes_no_sense(cli, flags, words):
     code, out, err = cli(f"sample run {flags}")
     assert (code, out) == (1, "")
     assert_matches(words, sentence(err))
+
+
+@pytest.mark.parametrize("flags", ["--tokens 0", "--chat --json", "--chat --prompt Hi"])
+def test_flags_that_do_not_go_together_are_told_before_a_model_is_read(cli, flags):
+    code, _, err = cli(f"sample nothing {flags}")
+    assert code == 1 and flags.split()[0] in sentence(err) and "no folder" not in err
 
 
 @pytest.mark.parametrize(

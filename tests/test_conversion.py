@@ -57,6 +57,15 @@ def result(out, name):
     return json.loads((out / "results" / f"{name}.json").read_text())
 
 
+def test_an_interrupt_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.rows, "sources", stop)
+    assert tool.main(["start", str(tmp_path / "new"), "--mix", "mix"]) == 130
+    assert "interrupted; type the same command again" in capsys.readouterr().err
+
+
 def test_windows_are_full_blocks_of_text_and_the_same_each_time(out, mix):
     tokenizer = bdjax.start_config(out / "start").tokenizer
     found = rows.held_out(mix, tokenizer, 128, 300)
@@ -126,6 +135,19 @@ def test_one_rule_of_all_is_that_rule():
     for number, name in enumerate(decoding.RULES):
         one = decoding.AnyRule(rule=np.int32(number), number=np.float32(numbers[name]))
         assert np.array_equal(one.select(stats, view), alone[name].select(stats, view)), name
+
+
+def test_recipes_differ_in_what_they_teach_alone(out):
+    """Objective, clean stream and how rows end: else equal tokens would compare something else."""
+    found = result(out, "start")
+    recipes = ("default", "nbdiff", "sdar", "fast_dllm_v2")
+    first, *others = (tool.config_of(out, found, recipe, 8, 100, []) for recipe in recipes)
+    for config in others:
+        assert config != first
+        model = replace(config.model, clean=first.model.clean)
+        data = replace(config.data, tail=first.data.tail)
+        same = replace(config, objective=first.objective, model=model, data=data, name=first.name)
+        assert same == first
 
 
 @pytest.mark.parametrize("recipe", ["default", "nbdiff", "sdar", "fast_dllm_v2"])

@@ -76,6 +76,14 @@ def test_in_blocks_of_one_it_is_that_model(start):
     assert found.diffusion.nats_per_token == pytest.approx(found.ar.nats_per_token, rel=1e-6)
 
 
+def test_a_model_that_never_saw_a_mask_writes_no_blocks(model, start):
+    own = bdjax.load(model)
+    assert own.config.block_size() == own.config.block_size(1) == 1
+    with pytest.raises(ValueError, match="block_size=4: .* type --block-size 1, or bdjax convert"):
+        bdjax.generate(own, ["the"], block_size=4)
+    assert start.config.block_size(4) == 4
+
+
 def test_a_model_without_a_free_row_gets_one(tokenizer, tmp_path):
     """Then not even that changes: equal to rounding."""
     folder = write_folder(
@@ -119,6 +127,8 @@ def test_what_cannot_be_converted_says_why(model, start, tmp_path, capsys):
         run = tmp_path / "run"
         assert main(["convert", str(model), "--run", str(run), *words]) == 2
         assert said in capsys.readouterr().err and not run.exists()
+    assert main(["convert", str(model), "--run", str(run), "--seed", "-1"]) == 1
+    assert "seed=-1 must be from 0" in capsys.readouterr().err and not run.exists()
     assert (
         main(["convert", start.config.tokenizer.path[: -len("/tokenizer.json")], "--run", "x"]) == 2
     )

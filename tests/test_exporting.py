@@ -51,7 +51,10 @@ def test_every_family_is_written_as_it_was_read(model_type, tokenizer, tmp_path)
     assert again.model == loaded.model and again.config.tokenizer == loaded.config.tokenizer
     assert again.config.objective == loaded.config.objective
     assert again.config.chat_template.text == loaded.config.chat_template.text == template
-    assert not (tmp_path / "back.part").exists()
+    assert not list(tmp_path.glob("*.part"))
+    if model_type == "llada":
+        said = json.loads((back / "config.json").read_text())
+        assert said["rope"] is True and said["include_bias"] is said["include_qkv_bias"] is False
     # As the base architecture, which transformers knows, it is the same model too.
     base = bdjax.export_model(loaded, tmp_path / "base", dtype="float32")
     known = {"llama", "smollm3", "qwen2", "qwen3"}
@@ -127,6 +130,20 @@ def test_the_mask_of_an_ar_model_is_not_written(tokenizer, tmp_path):
     assert contents(back) == contents(there)
 
 
+def test_a_folder_is_for_texts_as_long_as_asked(tokenizer, tmp_path, capsys):
+    """An import's rows are short, whatever its model can read: servers go by the folder's word."""
+    found = pretrained("llama", max_position_embeddings=131_072)
+    there = write_folder(tmp_path / "there", found, tokenizer)
+    words = ["export", str(there), "--max-length"]
+    assert main([*words, "131072", "--out", str(tmp_path / "back")]) == 0
+    assert contents(tmp_path / "back") == contents(there)
+    said = json.loads((tmp_path / "back" / "config.json").read_text())
+    told = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert said["max_position_embeddings"] == told["model_max_length"] == 131_072
+    assert main([*words, "0", "--out", str(tmp_path / "none")]) == 1
+    assert "max_length=0 must be at least 1" in capsys.readouterr().err
+
+
 def test_what_no_family_has_is_refused(tokenizer, tmp_path, capsys):
     made = HuggingFaceTokenizer(path="memory", text=tokenizer)
     with pytest.raises(PretrainedError, match="qkv_bias=True with qk_norm=True is a network that"):
@@ -143,6 +160,11 @@ def test_what_no_family_has_is_refused(tokenizer, tmp_path, capsys):
     assert "model_type 'gpt2'" in capsys.readouterr().err
     assert main(["export", str(out), "--out", str(tmp_path / "b")]) == 0
     assert contents(tmp_path / "b") == contents(out)
+    # Read back it would write in blocks that it was never trained for.
+    ar = write_folder(tmp_path / "ar", pretrained("qwen3"), tokenizer)
+    assert main(["export", str(ar), "--out", str(tmp_path / "c"), "--as", "sdar"]) == 2
+    assert "writes token by token, and a sdar model does not" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_nothing_half_written_is_left(tokenizer, tmp_path):
@@ -151,3 +173,10 @@ def test_nothing_half_written_is_left(tokenizer, tmp_path):
     with pytest.raises(AttributeError):
         bdjax.export_model(broken, tmp_path / "out", shard_bytes=20_000)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PretrainedError, match=r"file/out cannot be made \(.*type --out"):
+        bdjax.export_model(own, tmp_path / "file" / "out")
+    # Nor is anything taken away that was there.
+    (tmp_path / "out.part").mkdir()
+    bdjax.export_model(own, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "out", "out.part"}

@@ -1,6 +1,7 @@
 """Full disks, stalls, signals at bad moments, other meshes: every fault is injected for real."""
 
 import faulthandler
+import gc
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from test_trainer import (
 
 from bdjax import MeshConfig, manifest, train
 from bdjax.checkpoint import CheckpointError, Checkpoints, NoSpaceError
-from bdjax.interrupts import Interrupts
+from bdjax.interrupts import Interrupts, no_interrupt_lost
 from bdjax.watchdog import Watchdog, WatchdogConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,43 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_is_remembered():
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.asked == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == before
+
+
+class Raising:
+    """Its end is a bad moment for a signal."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["collector", "weak reference", "del"])
+def test_ctrl_c_is_not_lost_where_python_forgets_what_is_raised(where):
+    # JAX has a callback of the garbage collector.
+    sent = []
+
+    def callback(*_):
+        if not sent:
+            sent.append(where)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with no_interrupt_lost(), pytest.raises(KeyboardInterrupt):
+        try:
+            if where == "collector":
+                gc.callbacks.append(callback)
+                gc.collect()
+            elif where == "weak reference":
+                thing = Interrupts()
+                seen = weakref.ref(thing, callback)
+                del thing
+                assert seen() is None
+            else:
+                Raising()
+            time.sleep(5)
+        finally:
+            if callback in gc.callbacks:
+                gc.callbacks.remove(callback)
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
 
 
 def test_a_second_ctrl_c_during_a_save_tears_nothing(config, straight, tmp_path, monkeypatch):

@@ -62,6 +62,8 @@ def test_a_file_is_loaded_where_a_folder_is(tmp_path):
 
 REFUSED = {
     "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    # As llama.cpp reads a factor without a type.
+    "factor.*4.0": {"llama.rope.scaling.factor": 4.0},
     "yarn": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
 }
 

@@ -1,7 +1,10 @@
 """From a model folder to a run and to text: the command line, special tokens, bad folders."""
 
 import json
+import os
 import re
+import signal
+import time
 from dataclasses import replace
 
 import jax
@@ -265,6 +268,50 @@ def test_an_import_that_fails_leaves_an_old_folder_as_it_was(tokenizer, tmp_path
             import_model(source, tmp_path / "new")
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_cannot_be_written_is_told_before_a_model_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for command in ("import", "convert"):
+        for place in ("file", "file/run"):
+            assert main([command, "no model", "--run", str(tmp_path / place)]) == 1
+            assert "file is no folder; type --run with another" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert main(["import", "no model", "--run", str(tmp_path / "run")]) == 1
+    assert f"{tmp_path} cannot be written to; type --run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_ctrl_c_while_an_import_is_written_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    """Writers go on for a while, and would make anew what was taken away before they ended."""
+    source = write_folder(tmp_path / "model", pretrained("sdar"), tokenizer)
+    run, ended = tmp_path / "run", []
+    wait, finish = Checkpoints.wait, Checkpoints._finish
+
+    def interrupted(self):
+        if self._thread is not None:
+            signal.raise_signal(signal.SIGINT)
+        wait(self)
+
+    def slow(self, path, *rest):
+        time.sleep(0.3)
+        path.mkdir(parents=True, exist_ok=True)
+        finish(self, path, *rest)
+        ended.append(path)
+
+    monkeypatch.setattr(Checkpoints, "wait", interrupted)
+    monkeypatch.setattr(Checkpoints, "_finish", slow)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="interrupted: .* goes"):
+        import_model(source, run)
+    assert ended and not run.exists()
+
+
+def test_what_is_trained_from_a_model_is_asked_as_it_was_trained(folder, tmp_path):
+    """Rows begin with BOS; prompts of the model itself do only where its tokenizer says so."""
+    import_model(folder, tmp_path / "run")
+    assert not bdjax.load(tmp_path / "run").config.tokenizer.starts_with_bos
+    assert bdjax.start_config(tmp_path / "run").tokenizer.starts_with_bos
 
 
 def test_a_run_cannot_start_from_a_model_folder(tokenizer, tmp_path, capsys):

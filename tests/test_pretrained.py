@@ -163,8 +163,27 @@ def test_the_mask_of_a_family_is_a_number():
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true.*null or false"),
         ("llama", {"sliding_window": 16}, "sliding_window=16.*use_sliding_window=false"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*llama3"),
-        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*llama3"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters=.*llama3"),
+        ("llama", {"original_max_position_embeddings": 16}, "original_max_position_embeddings=16"),
+        (
+            "qwen2",
+            {"dual_chunk_attention_config": {"chunk_size": 8}},
+            "dual_chunk_attention_config",
+        ),
         ("llama", {"rope_theta": 0}, "rope_theta=0"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta=1000.*number above zero"),
+        ("llama", {"rms_norm_eps": 1e300}, "rms_norm_eps=1e.300.*at most 1e37"),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            'rope_scaling={"type": "yarn"}.*the same there as in rope_parameters',
+        ),
+        ("qwen3", {"rope_parameters": {"rope_theta": 7.0}}, "rope_theta=5000.0.*parameters, 7.0"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters=.*the same in every layer",
+        ),
         ("llama", {"attention_bias": True}, "attention_bias=true.*with false there"),
         ("qwen3", {"attention_bias": True}, "attention_bias=true"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true"),
@@ -192,6 +211,17 @@ def test_a_config_that_means_other_numbers_is_refused_by_name(model_type, more, 
     found = Pretrained(config=config(model_type, **more), tensors=tensors, where="tiny")
     with pytest.raises(PretrainedError, match=f"config.json of tiny has {message}"):
         decoder_config(found, family_of(model_type, "tiny"))
+
+
+@pytest.mark.parametrize("key, expected", [("rope", "true"), ("layer_norm_type", '"rms"')])
+def test_silence_is_what_the_familys_own_class_makes_of_it(key, expected):
+    # LLaDA's: no RoPE, and layer norms that subtract the mean.
+    found = pretrained("llada")
+    family = family_of("llada", "tiny")
+    assert decoder_config(found, family)
+    del found.config[key]
+    with pytest.raises(PretrainedError, match=f"has no {key}; bdjax reads llada .* {expected}"):
+        decoder_config(found, family)
 
 
 def test_unknown_keys_are_named():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.chat import Chat, open_template
 from bdjax.generation import generate, load
 from bdjax.layout import clean_places
 from bdjax.policies import Sequential
@@ -99,6 +100,16 @@ def test_the_answer_is_about_the_moon(model):
     ids = model.config.tokenizer.encode_with_specials(CHAT)
     answer = generate(model, [ids.tolist()], max_new_tokens=48, temperature=0.0)[0]
     assert answer.finish == "stop" and "moon" in answer.text
+
+
+def test_a_chat_is_asked_with_every_token_of_its_template(model):
+    """The first of them is BOS, which nothing brings along."""
+    tokenizer, talk = model.config.tokenizer, [{"role": "user", "content": "What is the moon?"}]
+    with open_template(model.config.chat_template, tokenizer, None) as renderer:
+        ids = Chat(tokenizer, renderer).prompt(talk)
+        text = renderer.render(talk, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system") and not tokenizer.starts_with_bos
+    assert ids.tolist() == tokenizer.encode_with_specials(text).tolist()
 
 
 def test_ids_are_those_of_an_independent_bpe(path, model):

@@ -37,6 +37,7 @@ import smollm2  # noqa: E402
 from arguments import positive, positive_number  # noqa: E402
 
 import bdjax  # noqa: E402
+from bdjax.interrupts import no_interrupt_lost  # noqa: E402
 from bdjax.metrics import LOG  # noqa: E402
 
 BLOCK_SIZES = (1, 4, 8, 16)
@@ -375,16 +376,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; exit code 2 and one sentence where it cannot be done."""
+    """Runs one command; exit code 2 and one sentence where it cannot be done, 130 interrupted."""
     args = _parser().parse_args(argv)
     if jax.config.jax_compilation_cache_dir is None:
         # The next command needs most of what this one compiles.
         jax.config.update("jax_compilation_cache_dir", str((args.out / "xla").absolute()))
     try:
-        args.function(args)
+        with no_interrupt_lost():
+            args.function(args)
     except (ValueError, OSError, bdjax.CheckpointError, bdjax.PretrainedError) as error:
         print(f"convert_smollm2: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert_smollm2: interrupted; type the same command again", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -4,6 +4,7 @@ Accumulators merge, so a pass may be cut into vocabulary chunks and devices in a
 function of (slot key, id) alone: the draw does not depend on chunking, mesh or batch-mates.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -131,7 +132,11 @@ def _leading(value, ids, count: int):
 
 
 def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"], first_id) -> Scan:
-    """Statistics out of those of a head's tiles, as one reduction; the head starts at first_id."""
+    """Statistics out of those of a head's tiles; the head starts at first_id.
+
+    In two rounds of about as many, both spread over the chip: one alone would leave each row to a
+    single walk over more than a thousand tiles.
+    """
 
     def merge(*both):
         # Every part's temperature is that of its row, but for the start's, which is 0.
@@ -144,7 +149,19 @@ def joined(parts: hopper_stats.Parts, temperature: Float[Array, "R"], first_id) 
     least = {"top": 2 * _NONE, "second": 2 * _NONE, "drawn": 2 * _NONE}
     start = [least.get(name, 0) for name in (*parts._fields, "temperature")]
     start = [jnp.asarray(x, y.dtype) for x, y in zip(start, operands, strict=True)]
-    whole = lax.reduce(operands, tuple(start), lambda a, b: merge(*a, *b), (0,))
+
+    def reduced(operands):
+        return lax.reduce(operands, tuple(start), lambda a, b: merge(*a, *b), (0,))
+
+    tiles, rows = parts.top.shape
+    each = math.isqrt(tiles - 1) + 1
+    groups = -(-tiles // each)
+    # One array: ten would be filled up by ten kernels.
+    fill = jnp.broadcast_to(
+        jnp.stack(start)[:, None, None], (len(start), each * groups - tiles, rows)
+    )
+    filled = jnp.concatenate([jnp.stack(operands), fill], axis=1)
+    whole = reduced(reduced(tuple(filled.reshape(len(start), each, groups, rows))))
     scan = _scan_of(hopper_stats.Parts(*whole[:9]), temperature)
 
     def named(best: Best, logit) -> Best:

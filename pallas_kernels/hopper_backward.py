@@ -5,6 +5,7 @@ is rowsum(dO * O) - dlse. Both kernels compute P again: sums stay in one order, 
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.hopper_forward import (
     LOG2E,
     MATH_REGISTERS,
     ROWS,
+    Halves,
     Runs,
     Sizes,
     Stream,
@@ -26,6 +28,7 @@ from pallas_kernels.hopper_forward import (
     masked,
     read_rows,
     seen,
+    unclean,
     used,
     zero_rows,
 )
@@ -82,7 +85,6 @@ def backward_queries(
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
-    shape = (ROWS, sizes.key)
 
     def kernel(q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, d_lse_ref, bounds_ref, *refs):
         plan_ref, used_ref, unclean_ref, d_q_ref, stats_ref, *refs = refs
@@ -90,11 +92,12 @@ def backward_queries(
         out_here, q_here, k_here, v_here, k_free, v_free = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
-        runs = Runs.read(plan_ref, place)
+        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
         @pl.when(group_id < 2)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            halves = Halves.read(plan_ref, place, group_id)
             mine, d_mine = q_smem.at[group_id], d_out_smem.at[group_id]
             at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
             stats, here = stats_smem.at[group_id], out_here.at[group_id]
@@ -115,47 +118,65 @@ def backward_queries(
             plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, q_here.at[group_id])
             plgpu.barrier_wait(q_here.at[group_id])
 
-            def step(number, d_q, whole):
-                slot = lax.rem(number, jnp.int32(sizes.stages))
-                plgpu.barrier_wait(k_here.at[slot])
-                plgpu.barrier_wait(v_here.at[slot])
-                if not whole:
-                    key_tile, own = runs.masked_tile(number)
-
-                    # A branch any later would keep a predicate for every score across itself.
-                    @pl.when(unclean_ref[row, key_tile] > 0)
-                    def _():
-                        zero_rows(k_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
+            def add(slot, keys, place, d_q):
+                """A step on the `keys` of a buffer; place: what `seen` takes, none without mask."""
+                here = (ROWS, keys.size)
+                my_k, my_v = k_smem.at[slot, keys], v_smem.at[slot, keys]
 
                 def scores(s_ref, d_p_ref):
-                    plgpu.wgmma(s_ref, mine, k_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma(d_p_ref, d_mine, v_smem.at[slot].transpose((1, 0)))
-                    p = jnp.exp2(_first(s_ref) * scale - across(lse, shape))
+                    plgpu.wgmma(s_ref, mine, my_k.transpose((1, 0)))
+                    plgpu.wgmma(d_p_ref, d_mine, my_v.transpose((1, 0)))
+                    p = jnp.exp2(_first(s_ref) * scale - across(lse, here))
                     return p, d_p_ref[...]
 
-                accumulator = plgpu.ACC(shape, jnp.float32)
+                accumulator = plgpu.ACC(here, jnp.float32)
                 p, d_p = pl.run_scoped(scores, accumulator, accumulator)
                 plgpu.barrier_arrive(v_free.at[slot])
-                d_s = p * (d_p - across(delta, shape))
-                if not whole:
-                    d_s = masked(seen(bounds_smem.at[group_id], own, key_tile, shape), d_s)
+                d_s = p * (d_p - across(delta, here))
+                if place is not None:
+                    d_s = masked(seen(bounds_smem.at[group_id], *place, here), d_s)
                 d_s = d_s.astype(q.dtype)
 
                 def products(ref):
-                    plgpu.wgmma(ref, d_s, k_smem.at[slot])
+                    plgpu.wgmma(ref, d_s, my_k)
 
                 d_q = pl.run_state(products)(plgpu.ACC.init(d_q))
                 plgpu.barrier_arrive(k_free.at[slot])
                 return d_q
 
-            d_q = lax.fori_loop(
-                0, runs.full, lambda n, d_q: step(n, d_q, True), _zeros((ROWS, width))
-            )
-            d_q = lax.fori_loop(runs.full, runs.count, lambda n, d_q: step(n, d_q, False), d_q)
+            def arrived(number):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+                plgpu.barrier_wait(v_here.at[slot])
+                return slot
+
+            def step(number, d_q):
+                return add(arrived(number), pl.ds(0, sizes.key), None, d_q)
+
+            def masked_step(number, d_q):
+                slot = arrived(number)
+                key_tile, own = runs.masked_tile(number)
+                both, part = halves.of(key_tile, own)
+                # A branch any later would keep a predicate for every score across itself.
+                keys = used(used_ref.at[row], key_tile * sizes.key)
+                clean = partial(zero_rows, k_smem.at[slot], keys)
+                unclean(unclean_ref, some_unclean, row, key_tile, clean)
+
+                def on(first, size, d_q):
+                    place = own, key_tile * sizes.key + first
+                    return add(slot, pl.ds(first, size), place, d_q)
+
+                half = sizes.key // 2
+                return lax.cond(
+                    both, partial(on, 0, sizes.key), partial(on, part * half, half), d_q
+                )
+
+            d_q = lax.fori_loop(0, runs.full, step, _zeros((ROWS, width)))
+            d_q = lax.fori_loop(runs.full, runs.count, masked_step, d_q)
             mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
@@ -299,7 +320,7 @@ def backward_keys(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(my_k, d_k_ref.at[row, at, kv_head])
             plgpu.copy_smem_to_gmem(my_v, d_v_ref.at[row, at, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
@@ -308,6 +329,9 @@ def backward_keys(
             @pl.loop(0, count * group + sizes.stages)
             def _(number):
                 slot = lax.rem(number, jnp.int32(sizes.stages))
+                # Before the wait for a buffer, which hides it.
+                last = jnp.maximum(count * group - 1, 0)
+                entry = list_ref[place, lax.div(jnp.minimum(number, last), jnp.int32(group))]
 
                 @pl.when(number >= sizes.stages)
                 def _():
@@ -316,7 +340,6 @@ def backward_keys(
 
                 @pl.when(number < count * group)
                 def _():
-                    entry = list_ref[place, lax.div(number, jnp.int32(group))]
                     head = kv_head * group + lax.rem(number, jnp.int32(group))
                     at = pl.ds((entry >> FLAGS) * ROWS, ROWS)
                     part = pl.ds((entry & OWN) * 2, 2)

@@ -1,6 +1,7 @@
 """Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,24 @@ class Runs(NamedTuple):
         return jnp.where(step < self.full, self.full_tile(step), self.masked_tile(step)[0])
 
 
+class Halves(NamedTuple):
+    """Which halves of the key tiles of its two runs a warpgroup sees."""
+
+    clean: Array
+    own: Array
+
+    @classmethod
+    def read(cls, plan, place, group: Array) -> "Halves":
+        """From the plan's columns in device memory."""
+        return cls(plan[place, 11 + group], plan[place, 13 + group])
+
+    def of(self, tile: Array, own: Array) -> tuple[Array, Array]:
+        """Whether it sees both halves of a tile, and if not, which one it may see."""
+        cover = jnp.where(own, self.own, self.clean)
+        first, begin, end = 2 * tile, cover >> 16, cover & 0xFFFF
+        return (begin <= first) & (end >= first + 2), (begin > first).astype(jnp.int32)
+
+
 def row_wise(x: Array) -> Array:
     """In the registers that belong to the rows of a product."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
@@ -102,14 +121,25 @@ def masked(keep: Array, x: Array) -> Array:
     return lax.optimization_barrier(jnp.where(keep, x, 0))
 
 
-def seen(bounds, own: Array, tile: Array, shape: tuple[int, int]) -> Array:
-    """Which scores of a tile the queries' intervals `bounds` (4, rows) let through."""
+def seen(bounds, own: Array, first: Array, shape: tuple[int, int]) -> Array:
+    """Which scores of keys from `first` on the intervals `bounds` (4, rows) let through."""
     part = 2 * own.astype(jnp.int32)
     low, high = (read_rows(bounds.at[part + end]) for end in (0, 1))
     size = jnp.maximum(high - low, 0)
     # One comparison of unsigned numbers takes half the instructions of two.
-    inside = column_index(shape) - across(low - tile * shape[1], shape)
+    inside = column_index(shape) - across(low - first, shape)
     return inside.astype(jnp.uint32) < across(size, shape).astype(jnp.uint32)
+
+
+def unclean(flags, some: Array, row: Array, key_tile: Array, clean) -> None:
+    """Calls `clean` if a key tile holds keys that nobody sees; `some`: whether any of the row does.
+
+    Without, no step waits for a flag out of device memory.
+    """
+
+    @pl.when(some > 0)
+    def _():
+        pl.when(flags[row, key_tile] > 0)(clean)
 
 
 def used(flags, first: Array):
@@ -183,14 +213,13 @@ def forward(
     batch, queries, heads, width = q.shape
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
-    shape = (ROWS, sizes.key)
 
     def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *scratch):
         out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, lse_smem, *barriers = scratch
         q_here, k_here, v_here, k_free, v_free, turn = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
-        runs = Runs.read(plan_ref, place)
+        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -199,6 +228,7 @@ def forward(
         @pl.when(group_id < 2)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            halves = Halves.read(plan_ref, place, group_id)
             mine = q_smem.at[group_id]
             at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
             here = q_here.at[group_id]
@@ -206,24 +236,22 @@ def forward(
             plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
             plgpu.barrier_wait(here)
 
-            def step(number, carry, masked):
+            def attend(slot, keys, place, clean, carry):
+                """A step on the `keys` of a buffer; place: what `seen` takes, none without mask."""
                 acc, top, total = carry
-                slot = lax.rem(number, jnp.int32(sizes.stages))
-                plgpu.barrier_wait(k_here.at[slot])
+                here = (ROWS, keys.size)
 
                 def scores(ref):
-                    plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(ref, mine, k_smem.at[slot, keys].transpose((1, 0)))
                     take_turns()
                     return ref[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+                s = pl.run_scoped(scores, plgpu.ACC(here, jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    key_tile, own = runs.masked_tile(number)
-                    keep = seen(bounds_smem.at[group_id], own, key_tile, shape)
-                    s = jnp.where(keep, s, _MASKED)
+                if place is not None:
+                    s = jnp.where(seen(bounds_smem.at[group_id], *place, here), s, _MASKED)
                 higher = jnp.maximum(top, s.max(axis=1) * scale)
-                p = jnp.exp2(s * scale - across(higher, shape))
+                p = jnp.exp2(s * scale - across(higher, here))
                 shrink = jnp.exp2(top - higher)
                 acc *= across(shrink, acc.shape)
                 total = total * shrink + p.sum(axis=1)
@@ -231,28 +259,52 @@ def forward(
                 acc, total, top, p16 = lax.optimization_barrier((acc, total, higher, p16))
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_here.at[slot])
-                if masked:
-
-                    @pl.when(unclean_ref[row, key_tile] > 0)
-                    def _():
-                        zero_rows(v_smem.at[slot], used(used_ref.at[row], key_tile * sizes.key))
-
+                clean()
                 plgpu.barrier_wait(turn)
 
                 def values(ref):
-                    plgpu.wgmma(ref, p16, v_smem.at[slot])
+                    plgpu.wgmma(ref, p16, v_smem.at[slot, keys])
 
                 acc = pl.run_state(values)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, top, total
+
+            def step(number, carry):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+                return attend(slot, pl.ds(0, sizes.key), None, lambda: None, carry)
+
+            def masked_step(number, carry):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+                key_tile, own = runs.masked_tile(number)
+                both, part = halves.of(key_tile, own)
+                flags = used(used_ref.at[row], key_tile * sizes.key)
+                clean = partial(
+                    unclean,
+                    unclean_ref,
+                    some_unclean,
+                    row,
+                    key_tile,
+                    partial(zero_rows, v_smem.at[slot], flags),
+                )
+
+                def on(first, size, carry):
+                    place = own, key_tile * sizes.key + first
+                    return attend(slot, pl.ds(first, size), place, clean, carry)
+
+                half = sizes.key // 2
+                return lax.cond(
+                    both, partial(on, 0, sizes.key), partial(on, part * half, half), carry
+                )
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
             top = row_wise(jnp.full((ROWS,), _FLOOR, jnp.float32))
             total = row_wise(jnp.zeros((ROWS,), jnp.float32))
             pl.when(group_id == 1)(take_turns)
             carry = acc, top, total
-            carry = lax.fori_loop(0, runs.full, lambda n, c: step(n, c, False), carry)
-            carry = lax.fori_loop(runs.full, runs.count, lambda n, c: step(n, c, True), carry)
+            carry = lax.fori_loop(0, runs.full, step, carry)
+            carry = lax.fori_loop(runs.full, runs.count, masked_step, carry)
             pl.when(group_id == 0)(take_turns)
             acc, top, total = carry
             some = total > 0
@@ -263,7 +315,7 @@ def forward(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
             plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():

@@ -25,11 +25,13 @@ FLAGS = 4
 class QueryPlan(NamedTuple):
     """Per query tile, sorted: its row, its number and its two runs of key tiles.
 
-    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run.
-    used: which keys some query sees. unclean: key tiles that hold others.
+    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run,
+    then whether the row has unclean tiles, then `halves_seen` of its first half and its second, of
+    the clean run and of the own one. used: which keys some query sees. unclean: key tiles that hold
+    others.
     """
 
-    columns: Int[Array, "P 10"]
+    columns: Int[Array, "P 15"]
     used: Int[Array, "B S"]
     unclean: Int[Array, "B J"]
 
@@ -48,9 +50,10 @@ class KeyPlan(NamedTuple):
 def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> QueryPlan:
     """The plan of the forward pass and of dQ; T and S = `keys` are multiples of the tiles."""
     rows = bounds.a0.shape[0]
-    runs = []
+    runs, halves = [], []
     for low, high in ((bounds.a0, bounds.a1), (bounds.b0, bounds.b1)):
         low, high = (x.reshape(rows, -1, query_tile) for x in (low, high))
+        halves += halves_seen(low, high, key_tile // 2)
         some = high > low
         begin = jnp.where(some, low, _LAST).min(axis=2)
         end = jnp.where(some, high, 0).max(axis=2)
@@ -65,13 +68,29 @@ def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> 
         jnp.broadcast_to(x, (rows, tiles))
         for x in (jnp.arange(rows)[:, None], jnp.arange(tiles)[None])
     )
-    columns = jnp.stack([row, tile, *runs], axis=2).reshape(rows * tiles, 10).astype(jnp.int32)
-    work = runs[3] - runs[0] + runs[7] - runs[4]
     used = used_keys(bounds, keys)
     unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
+    some = jnp.broadcast_to(unclean.any(axis=1)[:, None], (rows, tiles))
+    columns = jnp.stack([row, tile, *runs, some, *halves], axis=2)
+    columns = columns.reshape(rows * tiles, columns.shape[2]).astype(jnp.int32)
+    work = runs[3] - runs[0] + runs[7] - runs[4]
     return QueryPlan(
         _heavy_first(work.reshape(-1), columns), used.astype(jnp.int32), unclean.astype(jnp.int32)
     )
+
+
+def halves_seen(
+    low: Int[Array, "B I t"], high: Int[Array, "B I t"], half: int
+) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:
+    """Of the first and the second half of each query tile: begin << 16 | end of what it sees, in
+    halves of key tiles; 0 for nothing.
+    """
+    low, high = (x.reshape(*x.shape[:2], 2, -1) for x in (low, high))
+    some = high > low
+    begin = jnp.where(some, low, _LAST).min(axis=3) // half
+    end = -(-jnp.where(some, high, 0).max(axis=3) // half)
+    found = jnp.where(end > 0, begin << 16 | end, 0)
+    return found[:, :, 0], found[:, :, 1]
 
 
 def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> KeyPlan:

@@ -124,6 +124,27 @@ def test_a_query_tile_visits_what_it_sees_and_masks_what_it_must(clean, views):
 
 
 @pytest.mark.parametrize("clean", CleanMode)
+def test_the_halves_of_a_query_tile_name_the_half_key_tiles_that_they_see(clean):
+    """Half a key tile is passed over where, and only where, no key of it is seen by the half."""
+    bounds, mask = rows(clean)
+    half = TILE // 2
+    columns = np.asarray(make_query_plan(bounds, mask.shape[1], TILE, TILE).columns)
+    keys = np.arange(mask.shape[1])
+    for row, tile, *rest in columns:
+        covers = np.array(rest[9:]).reshape(2, 2)
+        for part, (low, high) in enumerate(((bounds.a0, bounds.a1), (bounds.b0, bounds.b1))):
+            for side in range(2):
+                at = slice(tile * TILE + side * half, tile * TILE + (side + 1) * half)
+                low_, high_ = (np.asarray(x[row, at])[:, None] for x in (low, high))
+                seen = ((keys >= low_) & (keys < high_)).any(axis=0).reshape(-1, half).any(axis=1)
+                begin, end = covers[part, side] >> 16, covers[part, side] & 0xFFFF
+                named = (np.arange(seen.size) >= begin) & (np.arange(seen.size) < end)
+                assert not (seen & ~named).any() and named.any() == seen.any()
+                if seen.any():
+                    assert seen[begin] and seen[end - 1]
+
+
+@pytest.mark.parametrize("clean", CleanMode)
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_key_tile_lists_the_query_tiles_that_see_it(clean, views):
     """Entries without a mask first; a flag where a query's interval is empty; each pair once."""

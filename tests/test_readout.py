@@ -15,7 +15,8 @@ from scipy import stats as scipy_stats
 from bdjax import nll, sharding
 from bdjax.nll import over_ids, queue_of
 from bdjax.readout import Shaping, TokenReadout
-from bdjax.stats import gumbel
+from bdjax.stats import gumbel, joined
+from pallas_kernels import hopper_stats
 
 ROWS, SLOTS, ENTRIES, WIDTH, VOCAB = 8, 3, 5, 8, 20
 BANNED = (3, 19)
@@ -517,3 +518,46 @@ def test_the_loss_kernel_does_not_serve_a_bias_and_the_log_says_so(monkeypatch, 
         assert nll.by_kernel(hidden)
         assert not nll.by_kernel(hidden, jnp.zeros(64))
     assert "the Hopper kernel cannot serve: the logits have a bias" in caplog.text
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 12, 13, 50])
+def test_statistics_of_tiles_join_to_those_of_the_whole(tiles):
+    """Any number of tiles, in float64: a row's own temperature, ties go to the lower id."""
+    rows, each = 3, 4
+    draw = np.random.default_rng(tiles)
+    logits = draw.normal(size=(rows, tiles * each)).round(1)
+    temperature = np.array([0.5, 1.0, 2.0])
+    scaled = logits / temperature[:, None]
+    noisy = (scaled + draw.gumbel(size=scaled.shape).round(1)).round(2)
+    split = scaled.reshape(rows, tiles, each).swapaxes(0, 1)
+    noise = noisy.reshape(rows, tiles, each).swapaxes(0, 1)
+    first = np.arange(tiles)[:, None] * each
+    top, at, drawn = split.max(axis=2), split.argmax(axis=2), noise.argmax(axis=2)
+    share = np.exp(split - top[..., None])
+    parts = hopper_stats.Parts(
+        top,
+        first + at,
+        np.sort(split, axis=2)[..., -2],
+        share.sum(axis=2),
+        (split * share).sum(axis=2),
+        np.exp((split - top[..., None]) * temperature[:, None]).sum(axis=2),
+        noise.max(axis=2),
+        first + drawn,
+        np.take_along_axis(split, drawn[..., None], axis=2)[..., 0],
+    )
+    parts = hopper_stats.Parts(*(jnp.asarray(x, jnp.float32) for x in parts))
+    scan = jax.jit(joined)(parts, jnp.asarray(temperature, jnp.float32), 100)
+    assert (np.asarray(scan.top.token) == 100 + scaled.argmax(axis=1)).all()
+    assert (np.asarray(scan.drawn.token) == 100 + noisy.argmax(axis=1)).all()
+    highest = scaled.max(axis=1)
+    share = np.exp(scaled - highest[:, None])
+    wanted = {
+        "second": np.sort(scaled, axis=1)[:, -2],
+        "total": share.sum(axis=1),
+        "weighted": (scaled * share).sum(axis=1),
+        "raw_total": np.exp((scaled - highest[:, None]) * temperature[:, None]).sum(axis=1),
+    }
+    for name, value in wanted.items():
+        assert np.allclose(getattr(scan, name), value, rtol=1e-4, atol=1e-4), name
+    picked = np.take_along_axis(logits, noisy.argmax(axis=1)[:, None], axis=1)[:, 0]
+    assert np.allclose(scan.drawn.logit, picked, atol=1e-4)

@@ -136,6 +136,16 @@ def test_tiles_are_counted_as_enumerated(tiles):
     assert race.tiled_pairs(seen, *tiles, 128) == visited * tiles[0] * tiles[1]
 
 
+def test_pairs_by_halves_lie_between_the_visible_ones_and_those_of_whole_tiles():
+    """One document of two tiles in blocks of 32: each pair of tiles counted by hand."""
+    seen = race.Case(rows=1, length=256, block=32).intervals()
+    visible, whole = race.pairs(seen), race.tiled_pairs(seen, 128, 128, 512)
+    # Clean: the diagonals without their upper right quarters, one whole tile below. Noisy: the
+    # clean tiles at its own place likewise, one whole tile below, of its own two quarters each.
+    quarters = (3 + 3 + 4) + (3 + 3 + 4) + (2 + 2)
+    assert visible < race.hopper_pairs(seen, 512) == quarters * 64 * 64 < whole
+
+
 def test_the_window_counts_one_layer_of_keys_and_values(tmp_path):
     out = tmp_path / "window.json"
     words = ["--window", "--slots", "64", "--window-tokens", "4", "--only", "dense", *TINY, *QUICK]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CleanMode, Dense, Intervals, Meta, intervals, visible
+from pallas_kernels.hopper_tiles import query_plan
 
 WRONG = 2e-2
 # Pairs of query and key, visible or not, up to which all rows and heads are compared with float32:
@@ -113,6 +114,20 @@ def tile_counts(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> t
 def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> int:
     """Query-key pairs in the visited tiles."""
     return tile_counts(seen, query_tile, key_tile, keys)[0] * query_tile * key_tile
+
+
+def hopper_pairs(seen: Intervals, keys: int) -> int:
+    """Query-key pairs that the Hopper kernels compute: of masked tiles only the halves seen."""
+    tile, half = 128, 64
+    found = 0
+    for _, _, *runs, _, a0, a1, b0, b1 in np.asarray(query_plan(seen, keys, tile, tile).columns):
+        for (begin, full, full_end, end), covers in ((runs[:4], (a0, a1)), (runs[4:], (b0, b1))):
+            found += (full_end - full) * tile * tile
+            masked = np.r_[begin:full, full_end:end]
+            for cover in covers:
+                both = (cover >> 16 <= 2 * masked) & (cover & 0xFFFF >= 2 * masked + 2)
+                found += int(np.where(both, tile, half).sum()) * half
+    return int(found)
 
 
 class Runner(NamedTuple):

@@ -39,6 +39,7 @@ from attention_peers import PEERS  # noqa: E402
 from attention_race import (  # noqa: E402
     Case,
     Runner,
+    hopper_pairs,
     jax_runner,
     normals,
     only,
@@ -73,7 +74,7 @@ def ours(name: str, case: Case, inputs, seen: Intervals) -> Runner:
         if _DENSE_BYTES * size > stats.get("bytes_limit", 8e9):
             raise NotImplementedError(f"scores of {4 * size / 2**30:.0f} GiB do not fit")
     elif name == "Hopper":
-        visited = tiled_pairs(seen, 128, 128, length)
+        visited = hopper_pairs(seen, length)
     elif hasattr(kernel, "query_tile") and length >= 2 * max(kernel.query_tile, kernel.key_tile):
         # In shorter rows the kernels take smaller tiles.
         visited = tiled_pairs(seen, kernel.query_tile, kernel.key_tile, length)

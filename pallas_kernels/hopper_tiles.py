@@ -31,7 +31,7 @@ class QueryPlan(NamedTuple):
     others.
     """
 
-    columns: Int[Array, "P 15"]
+    columns: Int[Array, "P 16"]
     used: Int[Array, "B S"]
     unclean: Int[Array, "B J"]
 
@@ -71,7 +71,7 @@ def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> 
     used = used_keys(bounds, keys)
     unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
     some = jnp.broadcast_to(unclean.any(axis=1)[:, None], (rows, tiles))
-    columns = jnp.stack([row, tile, *runs, some, *halves], axis=2)
+    columns = jnp.stack([row, tile, *runs, some, *halves, jnp.zeros_like(row)], axis=2)
     columns = columns.reshape(rows * tiles, columns.shape[2]).astype(jnp.int32)
     work = runs[3] - runs[0] + runs[7] - runs[4]
     return QueryPlan(

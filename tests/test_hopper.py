@@ -131,7 +131,7 @@ def test_the_halves_of_a_query_tile_name_the_half_key_tiles_that_they_see(clean)
     columns = np.asarray(make_query_plan(bounds, mask.shape[1], TILE, TILE).columns)
     keys = np.arange(mask.shape[1])
     for row, tile, *rest in columns:
-        covers = np.array(rest[9:]).reshape(2, 2)
+        covers = np.array(rest[9:13]).reshape(2, 2)
         for part, (low, high) in enumerate(((bounds.a0, bounds.a1), (bounds.b0, bounds.b1))):
             for side in range(2):
                 at = slice(tile * TILE + side * half, tile * TILE + (side + 1) * half)
@@ -191,21 +191,26 @@ def in_interpreter(row, clean: CleanMode, hold=0.0, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("clean", CleanMode)
-def test_the_kernels_in_the_interpreter_give_the_reference_without_races(clean, monkeypatch):
-    """All three passes with their barriers, two tiles a row, grouped heads; bfloat16.
+def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
+    clean, blocks, monkeypatch
+):
+    """All three passes with their barriers, blocks of several items, grouped heads; bfloat16.
 
     Without `zero_rows`, in which two warpgroups write the same zeros on purpose.
     """
+    monkeypatch.setattr(hopper_forward, "BLOCKS", blocks)
     for module in (hopper_forward, hopper_backward):
         monkeypatch.setattr(module, "zero_rows", lambda tile, keep: None)
-    in_interpreter(pack(128, [Document(24, 5), Document(104, 9)]), clean)
+    in_interpreter(pack(256, [Document(24, 5), Document(232, 9)]), clean)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter reads no moving slice")
-def test_what_padding_holds_stands_in_no_product():
+def test_what_padding_holds_stands_in_no_product(monkeypatch):
     """NaN in whatever nobody sees, in cotangents too."""
+    monkeypatch.setattr(hopper_forward, "BLOCKS", 3)
     row = pack(128, [Document(40, 8, 10), Document(60, 9)], lead=3)
     in_interpreter(row, TOKEN, hold=np.nan, detect_races=False)
 

@@ -18,6 +18,7 @@ from pallas_kernels.hopper_forward import (
     LOADER_REGISTERS,
     LOG2E,
     MATH_REGISTERS,
+    PLAN_ROOM,
     ROWS,
     TILE,
     Halves,
@@ -174,8 +175,8 @@ def backward_queries(
         @pl.when(group_id == 2)
         def _():
             def load_queries(buffer, row, tile, head, place):
-                here = q_here.at[buffer]
-                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[buffer], here)
+                here, columns = q_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
+                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
                 for warpgroup in range(2):
                     at, mine = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), (buffer, warpgroup)
                     for source, target in (
@@ -206,7 +207,7 @@ def backward_queries(
             *[tiled(tile, q.dtype)] * 2,
             plgpu.SMEM((2, 2, 2, ROWS), jnp.float32),
             plgpu.SMEM((2, 2, 4, ROWS), jnp.int32),
-            plgpu.SMEM((2, plan.columns.shape[1]), jnp.int32),
+            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
             plgpu.Barrier(num_arrivals=9, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             *[plgpu.Barrier(**per_stage)] * 2,
@@ -342,8 +343,8 @@ def backward_keys(
                 buffer, (kv_head, place) = lax.rem(number, jnp.int32(2)), share.item(number)
                 row, tile, count = plan_ref[place, 0], plan_ref[place, 1], plan_ref[place, 3]
                 pl.when(number >= 2)(lambda: plgpu.barrier_wait(k_free.at[buffer]))
-                here = k_here.at[buffer]
-                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[buffer], here)
+                here, columns = k_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
+                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
                 for warpgroup in range(2):
                     at = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
                     for source, target in ((k_ref, k_smem), (v_ref, v_smem)):
@@ -400,7 +401,7 @@ def backward_keys(
             *[tiled(tile, q.dtype)] * 2,
             plgpu.SMEM((sizes.stages, 2, ROWS), jnp.float32),
             plgpu.SMEM((sizes.stages, 2, ROWS), jnp.int32),
-            plgpu.SMEM((2, plan.columns.shape[1]), jnp.int32),
+            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
             plgpu.Barrier(num_arrivals=5, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_arrivals=3, **per_stage),

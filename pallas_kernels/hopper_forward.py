@@ -29,6 +29,9 @@ TILE = 2 * ROWS
 # two others get, 2 * (240 - 168). With less to give they would wait for ever.
 LOADER_REGISTERS, MATH_REGISTERS = 24, 240
 
+# Numbers of a plan's row in shared memory: copies go to multiples of 128 bytes.
+PLAN_ROOM = 32
+
 LOG2E = math.log2(math.e)
 
 # Stands for a masked score; rows start from a maximum above it, so that it never counts.
@@ -402,8 +405,8 @@ def forward(
         @pl.when(group_id == 2)
         def _():
             def load_queries(buffer, row, tile, head, place):
-                here = q_here.at[buffer]
-                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[buffer], here)
+                here, columns = q_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
+                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
                 for warpgroup in range(2):
                     at = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
                     mine, limits = q_smem.at[buffer, warpgroup], bounds_smem.at[buffer, warpgroup]
@@ -434,7 +437,7 @@ def forward(
             tiled(tile, q.dtype),
             tiled(tile, q.dtype),
             plgpu.SMEM((2, 2, 4, ROWS), jnp.int32),
-            plgpu.SMEM((2, plan.columns.shape[1]), jnp.int32),
+            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
             plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=5, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),

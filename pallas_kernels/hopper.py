@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_window import window_attention
 from pallas_kernels.hopper_backward import backward_keys, backward_queries
-from pallas_kernels.hopper_forward import LOG2E, ROWS, TILE, Sizes, forward
-from pallas_kernels.hopper_tiles import key_plan, query_plan
+from pallas_kernels.hopper_forward import ROWS, TILE, Sizes, forward
+from pallas_kernels.hopper_product import BLOCKS
+from pallas_kernels.hopper_tiles import key_plan, query_plan, shares_of
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
 from pallas_kernels.padding import pad
@@ -21,8 +22,8 @@ from pallas_kernels.quiet import nothing
 class Hopper:
     """Block-sparse attention on an H100 or H200, accumulated in float32; bfloat16 and float16.
 
-    Tiles of 128 tokens; how many steps are in flight in the forward pass (of 128 keys), in that for
-    dQ (of 64) and in that for dK and dV (of 64 queries).
+    Tiles of 128 tokens; how many of them are in flight in the forward pass, in that for dQ and (of
+    64 queries) in that for dK and dV.
     """
 
     forward_stages: int = 2
@@ -78,22 +79,10 @@ def _padded(bounds: Intervals) -> Intervals:
 def _sizes(impl: Hopper, width: int) -> tuple[Sizes, Sizes, Sizes]:
     """Of the forward pass, of dQ, of dK and dV."""
     return (
-        Sizes(TILE, impl.forward_stages, width),
-        Sizes(ROWS, impl.queries_stages, width),
-        Sizes(TILE, impl.keys_stages, width),
+        Sizes(impl.forward_stages, width),
+        Sizes(impl.queries_stages, width),
+        Sizes(impl.keys_stages, width),
     )
-
-
-def query_stats(
-    out: Float[Array, "B T N H"],
-    d_out: Float[Array, "B T N H"],
-    lse: Float[Array, "B N T"],
-    d_lse: Float[Array, "B T N"],
-) -> Float[Array, "B N 2 T"]:
-    """What the backward kernels need of a query: its log-sum-exp in base 2, and delta."""
-    product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
-    delta = product.sum(axis=3) - d_lse
-    return jnp.stack([lse * LOG2E, delta.swapaxes(1, 2)], axis=2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -108,9 +97,9 @@ def _attention_fwd(impl, q, k, v, bounds):
     sizes, _, _ = _sizes(impl, width)
     padded, k_tiles = _padded(bounds), _tiled(k, TILE)
     plan = query_plan(padded, k_tiles.shape[1], TILE, TILE)
-    out, lse = forward(
-        sizes, plan, _tiled(q, TILE), k_tiles, _tiled(v, TILE), jnp.stack(padded, axis=1)
-    )
+    shares = shares_of(plan, q.shape[2], BLOCKS)
+    ends = jnp.stack(padded, axis=1)
+    out, lse = forward(sizes, plan, shares, _tiled(q, TILE), k_tiles, _tiled(v, TILE), ends)
     out, lse = kept((out[:, :queries, :, :width], lse[:, :, :queries]))
     return (out, lse.swapaxes(1, 2)), (q, k, v, bounds, plan, out, lse)
 
@@ -124,10 +113,12 @@ def _attention_bwd(impl, residuals, cotangents):
     _, by_queries, by_keys = _sizes(impl, width)
     padded = _padded(bounds)
     ends = jnp.stack(padded, axis=1)
-    stats = pad(query_stats(out, d_out, lse, d_lse), 3, TILE)
     q, d_out = _tiled(q, TILE), _tiled(d_out, TILE)
     k, v = _tiled(k, TILE), _tiled(v, TILE)
-    d_q = backward_queries(by_queries, plan, q, k, v, d_out, stats, ends)
+    lse, d_lse = (pad(x, 2, TILE) for x in (lse, d_lse.swapaxes(1, 2)))
+    d_q, stats = backward_queries(
+        by_queries, plan, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
+    )
     by_key_tiles = key_plan(padded, k.shape[1], ROWS, TILE)
     d_k, d_v = backward_keys(by_keys, by_key_tiles, q, k, v, d_out, stats, ends)
     d_k, d_v = (x[:, :keys, :, :width] for x in (d_k, d_v))

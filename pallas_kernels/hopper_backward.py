@@ -18,17 +18,13 @@ from pallas_kernels.hopper_forward import (
     LOADER_REGISTERS,
     LOG2E,
     MATH_REGISTERS,
-    PLAN_ROOM,
     ROWS,
     TILE,
     Halves,
     Runs,
-    Share,
     Sizes,
     Stream,
     across,
-    divide,
-    load_keys,
     masked,
     read_rows,
     seen,
@@ -50,6 +46,11 @@ from pallas_kernels.hopper_tiles import (
 
 def _zeros(shape: tuple[int, int]) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _product(tile) -> Array:
+    """A tile in shared memory in the registers of a product, float32."""
+    return read(tile, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
 def _columns(ref) -> Array:
@@ -74,152 +75,148 @@ def backward_queries(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    out: Float[Array, "B T N H"],
     d_out: Float[Array, "B T N H"],
-    stats: Float[Array, "B N 2 T"],
+    lse: Float[Array, "B N T"],
+    d_lse: Float[Array, "B N T"],
     bounds: Int[Array, "B 4 T"],
-) -> Float[Array, "B T N H"]:
-    """dQ, out of each query's log-sum-exp in base 2 and its delta; steps of 64 keys."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N 2 T"]]:
+    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta."""
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
-    shape = (ROWS, sizes.key)
-    share = Share(heads, plan.columns.shape[0])
 
-    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, *refs):
-        used_ref, unclean_ref, d_q_ref, q_smem, d_out_smem, k_smem, v_smem, *refs = refs
-        stats_smem, bounds_smem, plan_smem, q_here, q_free, k_here, v_here, k_free, v_free = refs
-        group_id = lax.axis_index("wg")
-
-        def leave(buffer):
-            """dQ has left the place of the queries: the next but one may come."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(q_free.at[buffer])
+    def kernel(q_ref, k_ref, v_ref, out_ref, d_out_ref, lse_ref, d_lse_ref, bounds_ref, *refs):
+        plan_ref, used_ref, unclean_ref, d_q_ref, stats_ref, *refs = refs
+        q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = refs
+        out_here, q_here, k_here, v_here, k_free, v_free = barriers
+        head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
+        # The last tiles first: they see the most, and a long block that starts late would leave
+        # the chip waiting.
+        place = plan.columns.shape[0] - 1 - place
+        row, tile = plan_ref[place, 0], plan_ref[place, 1]
+        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
         @pl.when(group_id < 2)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            halves = Halves.read(plan_ref, place, group_id)
+            mine, d_mine = q_smem.at[group_id], d_out_smem.at[group_id]
+            at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
+            stats, here = stats_smem.at[group_id], out_here.at[group_id]
+            # The output first takes the place of the queries: delta is all that is needed of it.
+            plgpu.copy_gmem_to_smem(out_ref.at[row, at, head], mine, here)
+            plgpu.copy_gmem_to_smem(d_out_ref.at[row, at, head], d_mine, here)
+            plgpu.copy_gmem_to_smem(lse_ref.at[row, head, at], stats.at[0], here)
+            plgpu.copy_gmem_to_smem(d_lse_ref.at[row, head, at], stats.at[1], here)
+            plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
+            plgpu.barrier_wait(here)
+            product = _product(mine) * _product(d_mine)
+            lse = read_rows(stats.at[0]) * LOG2E
+            delta = product.sum(axis=1) - read_rows(stats.at[1])
+            stats[0] = lse
+            stats[1] = delta
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(stats, stats_ref.at[row, head, :, at])
+            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, q_here.at[group_id])
+            plgpu.barrier_wait(q_here.at[group_id])
 
-            def add_up(number, before):
-                buffer = lax.rem(number, jnp.int32(2))
-                mine, d_mine = q_smem.at[buffer, group_id], d_out_smem.at[buffer, group_id]
-                plgpu.barrier_wait(q_here.at[buffer])
-                row, tile = plan_smem[buffer, 0], plan_smem[buffer, 1]
-                runs, some_unclean = Runs.read(plan_smem, buffer), plan_smem[buffer, 10]
-                halves = Halves.read(plan_smem, buffer, group_id)
-                lse, delta = (read_rows(stats_smem.at[buffer, group_id, i]) for i in range(2))
+            def add(slot, keys, place, d_q):
+                """A step on the `keys` of a buffer; place: what `seen` takes, none without mask."""
+                here = (ROWS, keys.size)
+                my_k, my_v = k_smem.at[slot, keys], v_smem.at[slot, keys]
 
-                def add(slot, place, d_q):
-                    """A step on a buffer; place: what `seen` takes, none without a mask."""
+                def scores(s_ref, d_p_ref):
+                    plgpu.wgmma(s_ref, mine, my_k.transpose((1, 0)))
+                    plgpu.wgmma(d_p_ref, d_mine, my_v.transpose((1, 0)))
+                    p = jnp.exp2(_first(s_ref) * scale - across(lse, here))
+                    return p, d_p_ref[...]
 
-                    def scores(s_ref, d_p_ref):
-                        plgpu.wgmma(s_ref, mine, k_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(d_p_ref, d_mine, v_smem.at[slot].transpose((1, 0)))
-                        p = jnp.exp2(_first(s_ref) * scale - across(lse, shape))
-                        return p, d_p_ref[...]
+                accumulator = plgpu.ACC(here, jnp.float32)
+                p, d_p = pl.run_scoped(scores, accumulator, accumulator)
+                plgpu.barrier_arrive(v_free.at[slot])
+                d_s = p * (d_p - across(delta, here))
+                if place is not None:
+                    d_s = masked(seen(bounds_smem.at[group_id], *place, here), d_s)
+                d_s = d_s.astype(q.dtype)
 
-                    accumulator = plgpu.ACC(shape, jnp.float32)
-                    p, d_p = pl.run_scoped(scores, accumulator, accumulator)
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    d_s = p * (d_p - across(delta, shape))
-                    if place is not None:
-                        d_s = masked(seen(bounds_smem.at[buffer, group_id], *place, shape), d_s)
-                    d_s = d_s.astype(q.dtype)
+                def products(ref):
+                    plgpu.wgmma(ref, d_s, my_k)
 
-                    def products(ref):
-                        plgpu.wgmma(ref, d_s, k_smem.at[slot])
+                d_q = pl.run_state(products)(plgpu.ACC.init(d_q))
+                plgpu.barrier_arrive(k_free.at[slot])
+                return d_q
 
-                    d_q = pl.run_state(products)(plgpu.ACC.init(d_q))
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    return d_q
+            def arrived(number):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                plgpu.barrier_wait(k_here.at[slot])
+                plgpu.barrier_wait(v_here.at[slot])
+                return slot
 
-                def arrived(step):
-                    slot = lax.rem(before + step, jnp.int32(sizes.stages))
-                    plgpu.barrier_wait(k_here.at[slot])
-                    plgpu.barrier_wait(v_here.at[slot])
-                    return slot
+            def step(number, d_q):
+                return add(arrived(number), pl.ds(0, TILE), None, d_q)
 
-                def masked_step(step, d_q):
-                    slot = arrived(step)
-                    number, part = divide(step, sizes.parts)
-                    key_tile, own = runs.masked_tile(number)
-                    first = key_tile * TILE + part * sizes.key
-                    # A branch any later would keep a predicate for every score across itself.
-                    zeros = partial(zero_rows, k_smem.at[slot], used(used_ref.at[row], first))
-                    unclean(unclean_ref, some_unclean, row, key_tile, zeros)
+            def masked_step(number, d_q):
+                slot = arrived(number)
+                key_tile, own = runs.masked_tile(number)
+                both, part = halves.of(key_tile, own)
+                # A branch any later would keep a predicate for every score across itself.
+                keys = used(used_ref.at[row], key_tile * TILE)
+                clean = partial(zero_rows, k_smem.at[slot], keys)
+                unclean(unclean_ref, some_unclean, row, key_tile, clean)
 
-                    def skip(d_q):
-                        plgpu.barrier_arrive(v_free.at[slot])
-                        plgpu.barrier_arrive(k_free.at[slot])
-                        return d_q
+                def on(first, size, d_q):
+                    place = own, key_tile * TILE + first
+                    return add(slot, pl.ds(first, size), place, d_q)
 
-                    both, only = halves.of(key_tile, own)
-                    sees = both | (only == part)
-                    return lax.cond(sees, partial(add, slot, (own, first)), skip, d_q)
+                half = TILE // 2
+                return lax.cond(both, partial(on, 0, TILE), partial(on, part * half, half), d_q)
 
-                full, count = (sizes.parts * x for x in (runs.full, runs.count))
-                d_q = lax.fori_loop(
-                    0, full, lambda n, d_q: add(arrived(n), None, d_q), _zeros((ROWS, width))
-                )
-                # Late, when the copies of the last dQ have long been under way.
-                pl.when(number > 0)(lambda: leave(1 - buffer))
-                d_q = lax.fori_loop(full, count, masked_step, d_q)
-                mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
-                plgpu.commit_smem()
-                at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
-                plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, share.item(number)[0]])
-                return before + count
-
-            lax.fori_loop(0, share.rounds, add_up, jnp.int32(0))
-            leave(lax.rem(share.rounds - 1, jnp.int32(2)))
+            d_q = lax.fori_loop(0, runs.full, step, _zeros((ROWS, width)))
+            d_q = lax.fori_loop(runs.full, runs.count, masked_step, d_q)
+            mine[...] = (d_q * (1 / math.sqrt(sizes.width))).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, d_q_ref.at[row, at, head])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
-            def load_queries(buffer, row, tile, head, place):
-                here, columns = q_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
-                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
-                for warpgroup in range(2):
-                    at, mine = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), (buffer, warpgroup)
-                    for source, target in (
-                        (q_ref.at[row, at, head], q_smem),
-                        (d_out_ref.at[row, at, head], d_out_smem),
-                        (stats_ref.at[row, head, :, at], stats_smem),
-                        (bounds_ref.at[row, :, at], bounds_smem),
-                    ):
-                        plgpu.copy_gmem_to_smem(source, target.at[mine], here)
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            streams = Stream(k_ref, k_smem, k_here, k_free), Stream(v_ref, v_smem, v_here, v_free)
 
-            load_keys(
-                sizes,
-                share,
-                plan_ref,
-                group,
-                load_queries,
-                q_free,
-                Stream(k_ref, k_smem, k_here, k_free),
-                Stream(v_ref, v_smem, v_here, v_free),
-            )
+            @pl.loop(0, runs.count)
+            def _(step):
+                key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
+                for stream in streams:
+                    stream.load(step, sizes.stages, key)
 
-    tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
+            for stream in streams:
+                stream.await_all(runs.count, sizes.stages)
+
+    tile, per_stage = (sizes.stages, TILE, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*lse.shape[:2], 2, lse.shape[2]), jnp.float32),
+        ),
         scratch_types=(
-            *[tiled((2, 2, ROWS, width), q.dtype)] * 2,
+            *[tiled((2, ROWS, width), q.dtype)] * 2,
             *[tiled(tile, q.dtype)] * 2,
-            plgpu.SMEM((2, 2, 2, ROWS), jnp.float32),
-            plgpu.SMEM((2, 2, 4, ROWS), jnp.int32),
-            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
-            plgpu.Barrier(num_arrivals=9, num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.SMEM((2, 2, ROWS), jnp.float32),
+            plgpu.SMEM((2, 4, ROWS), jnp.int32),
+            plgpu.Barrier(num_arrivals=5, num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
             *[plgpu.Barrier(**per_stage)] * 2,
             *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(share.blocks,),
-        grid_names=("block",),
+        grid=(heads, plan.columns.shape[0]),
+        grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_d_queries",
-    )(q, k, v, d_out, stats, bounds, *plan)
+    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
 
 
 def backward_keys(
@@ -237,180 +234,148 @@ def backward_keys(
     group = q.shape[2] // kv_heads
     scale = LOG2E / math.sqrt(sizes.width)
     shape = (ROWS, ROWS)
-    share = Share(kv_heads, plan.columns.shape[0])
 
-    def kernel(q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, list_ref, *refs):
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref, d_out_ref, stats_ref, bounds_ref, plan_ref, list_ref), refs = (
+            refs[:8],
+            refs[8:],
+        )
         d_k_ref, d_v_ref, k_smem, v_smem, q_smem, d_out_smem, stats_smem, bounds_smem, *refs = refs
-        plan_smem, k_here, k_free, q_here, d_out_here, q_free, d_out_free = refs
-        group_id = lax.axis_index("wg")
-
-        def leave(buffer):
-            """dK and dV have left the place of the keys and values: the next but one may come."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(k_free.at[buffer])
+        k_here, q_here, d_out_here, q_free, d_out_free = refs
+        kv_head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
+        row, tile, full, count = (plan_ref[place, column] for column in range(4))
 
         @pl.when(group_id < 2)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            my_k, my_v = k_smem.at[group_id], v_smem.at[group_id]
+            first = tile * TILE + group_id * ROWS
+            at = pl.ds(first, ROWS)
+            here = k_here.at[group_id]
+            plgpu.copy_gmem_to_smem(k_ref.at[row, at, kv_head], my_k, here)
+            plgpu.copy_gmem_to_smem(v_ref.at[row, at, kv_head], my_v, here)
+            plgpu.barrier_wait(here)
 
-            def add_up(number, before):
-                buffer, (kv_head, place) = lax.rem(number, jnp.int32(2)), share.item(number)
-                my_k, my_v = k_smem.at[buffer, group_id], v_smem.at[buffer, group_id]
-                plgpu.barrier_wait(k_here.at[buffer])
-                row, tile, full, count = (plan_smem[buffer, column] for column in range(4))
-                first = tile * TILE + group_id * ROWS
+            def step(number, carry, whole):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                queries, d_outs = q_smem.at[slot], d_out_smem.at[slot]
+                if not whole:
+                    entry = list_ref[place, lax.div(number, jnp.int32(group))]
+                plgpu.barrier_wait(q_here.at[slot])
+                plgpu.barrier_wait(d_out_here.at[slot])
 
-                def step(number, carry, whole):
-                    slot = lax.rem(before + number, jnp.int32(sizes.stages))
-                    queries, d_outs = q_smem.at[slot], d_out_smem.at[slot]
+                def add(carry):
                     if not whole:
-                        entry = list_ref[place, lax.div(number, jnp.int32(group))]
-                    plgpu.barrier_wait(q_here.at[slot])
-                    plgpu.barrier_wait(d_out_here.at[slot])
+                        low, high = (_columns(bounds_smem.at[slot, i]) for i in range(2))
+                        key = first + plgpu.broadcasted_iota(
+                            jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
+                        )
+                        keep = (key >= _down(low, shape)) & (key < _down(high, shape))
 
-                    def add(carry):
+                        @pl.when(entry & IDLE != 0)
+                        def _():
+                            own = bounds_smem.at[slot]
+                            for tile in (queries, d_outs):
+                                zero_rows(
+                                    tile, lambda _: read_rows(own.at[1]) - read_rows(own.at[0])
+                                )
+
+                    def products(s_ref, d_p_ref):
+                        plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
+                        plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
+                        lse = _down(_columns(stats_smem.at[slot, 0]), shape)
+                        p = jnp.exp2(_first(s_ref) * scale - lse)
                         if not whole:
-                            low, high = (_columns(bounds_smem.at[slot, i]) for i in range(2))
-                            key = first + plgpu.broadcasted_iota(
-                                jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA
-                            )
-                            keep = (key >= _down(low, shape)) & (key < _down(high, shape))
+                            p = jnp.where(keep, p, 0)
+                        p16 = p.astype(q.dtype)
 
-                            @pl.when(entry & IDLE != 0)
-                            def _():
-                                own = bounds_smem.at[slot]
-                                for tile in (queries, d_outs):
-                                    zero_rows(
-                                        tile, lambda _: read_rows(own.at[1]) - read_rows(own.at[0])
-                                    )
-
-                        def products(s_ref, d_p_ref):
-                            plgpu.wgmma(s_ref, my_k, queries.transpose((1, 0)))
-                            plgpu.wgmma(d_p_ref, my_v, d_outs.transpose((1, 0)))
-                            lse = _down(_columns(stats_smem.at[slot, 0]), shape)
-                            p = jnp.exp2(_first(s_ref) * scale - lse)
+                        def sums(accumulators):
+                            d_k, d_v = accumulators
+                            # Under way while dS is computed.
+                            plgpu.wgmma(d_v, p16, d_outs)
+                            delta = _down(_columns(stats_smem.at[slot, 1]), shape)
+                            d_s = p * (_first(d_p_ref) - delta)
                             if not whole:
-                                p = jnp.where(keep, p, 0)
-                            p16 = p.astype(q.dtype)
+                                d_s = jnp.where(keep, d_s, 0)
+                            plgpu.wgmma(d_k, d_s.astype(q.dtype), queries)
 
-                            def sums(accumulators):
-                                d_k, d_v = accumulators
-                                # Under way while dS is computed.
-                                plgpu.wgmma(d_v, p16, d_outs)
-                                delta = _down(_columns(stats_smem.at[slot, 1]), shape)
-                                d_s = p * (_first(d_p_ref) - delta)
-                                if not whole:
-                                    d_s = jnp.where(keep, d_s, 0)
-                                plgpu.wgmma(d_k, d_s.astype(q.dtype), queries)
+                        return pl.run_state(sums)(tuple(plgpu.ACC.init(x) for x in carry))
 
-                            return pl.run_state(sums)(tuple(plgpu.ACC.init(x) for x in carry))
+                    accumulator = plgpu.ACC(shape, jnp.float32)
+                    return pl.run_scoped(products, accumulator, accumulator)
 
-                        accumulator = plgpu.ACC(shape, jnp.float32)
-                        return pl.run_scoped(products, accumulator, accumulator)
+                if not whole:
+                    mine = jnp.where(group_id == 0, FIRST_HALF, SECOND_HALF)
+                    carry = lax.cond(entry & mine != 0, add, lambda carry: carry, carry)
+                else:
+                    carry = add(carry)
+                plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.barrier_arrive(d_out_free.at[slot])
+                return carry
 
-                    if not whole:
-                        mine = jnp.where(group_id == 0, FIRST_HALF, SECOND_HALF)
-                        carry = lax.cond(entry & mine != 0, add, lambda carry: carry, carry)
-                    else:
-                        carry = add(carry)
-                    plgpu.barrier_arrive(q_free.at[slot])
-                    plgpu.barrier_arrive(d_out_free.at[slot])
-                    return carry
-
-                carry = (_zeros((ROWS, width)),) * 2
-                carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, True), carry)
-                # Late, when the copies of the last sums have long been under way.
-                pl.when(number > 0)(lambda: leave(1 - buffer))
-                d_k, d_v = lax.fori_loop(
-                    full * group, count * group, lambda n, c: step(n, c, False), carry
-                )
-                my_k[...] = (d_k * (1 / math.sqrt(sizes.width))).astype(q.dtype)
-                my_v[...] = d_v.astype(q.dtype)
-                plgpu.commit_smem()
-                at = pl.ds(first, ROWS)
-                plgpu.copy_smem_to_gmem(my_k, d_k_ref.at[row, at, kv_head])
-                plgpu.copy_smem_to_gmem(my_v, d_v_ref.at[row, at, kv_head])
-                return before + count * group
-
-            lax.fori_loop(0, share.rounds, add_up, jnp.int32(0))
-            leave(lax.rem(share.rounds - 1, jnp.int32(2)))
+            carry = (_zeros((ROWS, width)),) * 2
+            carry = lax.fori_loop(0, full * group, lambda n, c: step(n, c, True), carry)
+            carry = lax.fori_loop(
+                full * group, count * group, lambda n, c: step(n, c, False), carry
+            )
+            d_k, d_v = carry
+            my_k[...] = (d_k * (1 / math.sqrt(sizes.width))).astype(q.dtype)
+            my_v[...] = d_v.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(my_k, d_k_ref.at[row, at, kv_head])
+            plgpu.copy_smem_to_gmem(my_v, d_v_ref.at[row, at, kv_head])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(group_id == 2)
         def _():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-            def load(number, before):
-                buffer, (kv_head, place) = lax.rem(number, jnp.int32(2)), share.item(number)
-                row, tile, count = plan_ref[place, 0], plan_ref[place, 1], plan_ref[place, 3]
-                pl.when(number >= 2)(lambda: plgpu.barrier_wait(k_free.at[buffer]))
-                here, columns = k_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
-                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
-                for warpgroup in range(2):
-                    at = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-                    for source, target in ((k_ref, k_smem), (v_ref, v_smem)):
-                        plgpu.copy_gmem_to_smem(
-                            source.at[row, at, kv_head], target.at[buffer, warpgroup], here
-                        )
+            @pl.loop(0, count * group + sizes.stages)
+            def _(number):
+                slot = lax.rem(number, jnp.int32(sizes.stages))
+                # Before the wait for a buffer, which hides it.
+                last = jnp.maximum(count * group - 1, 0)
+                entry = list_ref[place, lax.div(jnp.minimum(number, last), jnp.int32(group))]
 
-                @pl.loop(0, count * group)
-                def _(step):
-                    entry_number, head = divide(step, group)
-                    # Before the wait for a buffer, which hides it.
-                    entry, head = list_ref[place, entry_number], kv_head * group + head
-                    slot = lax.rem(before + step, jnp.int32(sizes.stages))
-
-                    @pl.when(before + step >= sizes.stages)
-                    def _():
-                        plgpu.barrier_wait(q_free.at[slot])
-                        plgpu.barrier_wait(d_out_free.at[slot])
-
-                    at = pl.ds((entry >> FLAGS) * ROWS, ROWS)
-                    part, arrived = pl.ds((entry & OWN) * 2, 2), q_here.at[slot]
-                    for source, target, here in (
-                        (q_ref.at[row, at, head], q_smem, arrived),
-                        (stats_ref.at[row, head, :, at], stats_smem, arrived),
-                        (bounds_ref.at[row, part, at], bounds_smem, arrived),
-                        (d_out_ref.at[row, at, head], d_out_smem, d_out_here.at[slot]),
-                    ):
-                        plgpu.copy_gmem_to_smem(source, target.at[slot], here)
-
-                return before + count * group
-
-            count = lax.fori_loop(0, share.rounds, load, jnp.int32(0))
-
-            # Every buffer has been freed before the block ends.
-            @pl.loop(count, count + sizes.stages)
-            def _(step):
-                slot = lax.rem(step, jnp.int32(sizes.stages))
-
-                @pl.when(step >= sizes.stages)
+                @pl.when(number >= sizes.stages)
                 def _():
                     plgpu.barrier_wait(q_free.at[slot])
                     plgpu.barrier_wait(d_out_free.at[slot])
 
-            @pl.loop(jnp.maximum(share.rounds - 2, 0), share.rounds)
-            def _(number):
-                plgpu.barrier_wait(k_free.at[lax.rem(number, jnp.int32(2))])
+                @pl.when(number < count * group)
+                def _():
+                    head = kv_head * group + lax.rem(number, jnp.int32(group))
+                    at = pl.ds((entry >> FLAGS) * ROWS, ROWS)
+                    part = pl.ds((entry & OWN) * 2, 2)
+                    arrived = q_here.at[slot]
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(
+                        stats_ref.at[row, head, :, at], stats_smem.at[slot], arrived
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        bounds_ref.at[row, part, at], bounds_smem.at[slot], arrived
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        d_out_ref.at[row, at, head], d_out_smem.at[slot], d_out_here.at[slot]
+                    )
 
     tile, per_stage = (sizes.stages, ROWS, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
         scratch_types=(
-            *[tiled((2, 2, ROWS, width), q.dtype)] * 2,
+            *[tiled((2, ROWS, width), q.dtype)] * 2,
             *[tiled(tile, q.dtype)] * 2,
             plgpu.SMEM((sizes.stages, 2, ROWS), jnp.float32),
             plgpu.SMEM((sizes.stages, 2, ROWS), jnp.int32),
-            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
-            plgpu.Barrier(num_arrivals=5, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_arrivals=3, **per_stage),
             plgpu.Barrier(**per_stage),
             *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(share.blocks,),
-        grid_names=("block",),
+        grid=(kv_heads, plan.columns.shape[0]),
+        grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_d_keys",

@@ -6,7 +6,6 @@ one's products are under way.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper_product import BLOCKS, read, tiled
-from pallas_kernels.hopper_tiles import QueryPlan
+from pallas_kernels.hopper_product import read, tiled
+from pallas_kernels.hopper_tiles import QueryPlan, rounds_of
 from pallas_kernels.merge import EMPTY
 
 # Queries of one warpgroup: the rows of a wgmma. Tiles of the plans: queries of a block, and keys.
@@ -39,16 +38,10 @@ _MASKED, _FLOOR = -1e30, -4e28
 
 
 class Sizes(NamedTuple):
-    """Keys of a step, how many steps are in flight, and the width before padding."""
+    """How many steps are in flight, and the width before padding."""
 
-    key: int
     stages: int
     width: int
-
-    @property
-    def parts(self) -> int:
-        """Steps of a key tile."""
-        return TILE // self.key
 
 
 class Runs(NamedTuple):
@@ -193,6 +186,13 @@ class Stream(NamedTuple):
         slot = self.await_free(step, stages)
         plgpu.copy_gmem_to_smem(self.source.at[key], self.buffers.at[slot], self.arrived.at[slot])
 
+    def await_all(self, count: Array, stages: int) -> None:
+        """After `count` steps: every buffer has been freed before the block ends."""
+
+        @pl.loop(count, count + stages)
+        def _(step):
+            self.await_free(step, stages)
+
     def await_free(self, step: Array, stages: int) -> Array:
         """Waits until what a buffer held `stages` steps before has been used; which buffer."""
         slot = lax.rem(step, jnp.int32(stages))
@@ -204,80 +204,10 @@ class Stream(NamedTuple):
         return slot
 
 
-class Share(NamedTuple):
-    """Which items, a head and a place in a plan that is sorted by work, a thread block takes.
-
-    Rounds go up and down the blocks, so that shares are even; the last, which may not be full, goes
-    up.
-    """
-
-    heads: int
-    tiles: int
-
-    @property
-    def blocks(self) -> int:
-        """The thread blocks that share the items: one per multiprocessor, if there are enough."""
-        return min(BLOCKS, self.heads * self.tiles)
-
-    @property
-    def rounds(self) -> Array:
-        """The number of items of this block."""
-        block = lax.axis_index("block")
-        return lax.div(self.heads * self.tiles - 1 - block, jnp.int32(self.blocks)) + 1
-
-    def item(self, number: Array) -> tuple[Array, Array]:
-        """Head and place of one of this block's rounds."""
-        block, last = lax.axis_index("block"), (self.heads * self.tiles - 1) // self.blocks
-        up = (lax.rem(number, jnp.int32(2)) == 0) | (number == last)
-        index = number * self.blocks + jnp.where(up, block, self.blocks - 1 - block)
-        place, head = divide(index, self.heads)
-        return head, place
-
-
-def load_keys(
-    sizes: Sizes, share: Share, plan, group: int, queries: Callable, queries_free, *streams: Stream
-) -> None:
-    """The work of the loading warpgroup: every key tile of every item into every stream.
-
-    queries(buffer, row, tile, head, place) loads what else an item needs into one of two buffers.
-    """
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-    def load(number, before):
-        buffer = lax.rem(number, jnp.int32(2))
-        head, place = share.item(number)
-        row, tile, runs = plan[place, 0], plan[place, 1], Runs.read(plan, place)
-        pl.when(number >= 2)(lambda: plgpu.barrier_wait(queries_free.at[buffer]))
-        queries(buffer, row, tile, head, place)
-
-        steps = sizes.parts * runs.count
-
-        @pl.loop(0, steps)
-        def _(step):
-            tile, part = divide(step, sizes.parts)
-            tokens = pl.ds(runs.tile(tile) * TILE + part * sizes.key, sizes.key)
-            for stream in streams:
-                key = row, tokens, lax.div(head, jnp.int32(group))
-                stream.load(before + step, sizes.stages, key)
-
-        return before + steps
-
-    count = lax.fori_loop(0, share.rounds, load, jnp.int32(0))
-
-    # Every buffer has been freed before the block ends.
-    @pl.loop(count, count + sizes.stages)
-    def _(step):
-        for stream in streams:
-            stream.await_free(step, sizes.stages)
-
-    @pl.loop(jnp.maximum(share.rounds - 2, 0), share.rounds)
-    def _(number):
-        plgpu.barrier_wait(queries_free.at[lax.rem(number, jnp.int32(2))])
-
-
 def forward(
     sizes: Sizes,
     plan: QueryPlan,
+    shares: Int[Array, "X R"],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -285,6 +215,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; T and S are multiples of the tiles, H of 64.
 
+    shares: `hopper_tiles.shares_of` the plan for as many heads; a thread block for each.
     The two warpgroups of a block take turns: while one computes a softmax, the other's products
     keep the tensor cores busy (the ping-pong of FlashAttention-3, Shah et al. 2024, section 3.1).
     """
@@ -292,14 +223,19 @@ def forward(
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
 
-    share = Share(heads, plan.columns.shape[0])
+    items = heads * plan.columns.shape[0]
 
-    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *scratch):
+    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *refs):
+        shares_ref, *scratch = refs
         out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, plan_smem, lse_smem, *barriers = (
             scratch
         )
         q_here, q_free, k_here, v_here, k_free, v_free, turn = barriers
-        group_id = lax.axis_index("wg")
+        block, group_id = lax.axis_index("block"), lax.axis_index("wg")
+        rounds = rounds_of(block, items, shares.shape[0])
+
+        def item(number):
+            return divide(shares_ref[block, number], heads)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -316,7 +252,7 @@ def forward(
             pl.when(group_id == 1)(take_turns)
 
             def attend(number, before):
-                buffer = lax.rem(number, jnp.int32(2))
+                buffer, (_, head) = lax.rem(number, jnp.int32(2)), item(number)
                 mine, limits = q_smem.at[buffer, group_id], bounds_smem.at[buffer, group_id]
                 plgpu.barrier_wait(q_here.at[buffer])
                 row, tile = plan_smem[buffer, 0], plan_smem[buffer, 1]
@@ -392,39 +328,49 @@ def forward(
                 lse = (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E
                 lse_smem[group_id] = jnp.where(some, lse, EMPTY)
                 plgpu.commit_smem()
-                head, _ = share.item(number)
                 at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
                 return before + runs.count
 
-            lax.fori_loop(0, share.rounds, attend, jnp.int32(0))
+            lax.fori_loop(0, rounds, attend, jnp.int32(0))
             pl.when(group_id == 0)(take_turns)
-            leave(lax.rem(share.rounds - 1, jnp.int32(2)))
+            leave(lax.rem(rounds - 1, jnp.int32(2)))
 
         @pl.when(group_id == 2)
         def _():
-            def load_queries(buffer, row, tile, head, place):
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            streams = Stream(k_ref, k_smem, k_here, k_free), Stream(v_ref, v_smem, v_here, v_free)
+
+            def load(number, before):
+                buffer, (place, head) = lax.rem(number, jnp.int32(2)), item(number)
+                row, tile, runs = plan_ref[place, 0], plan_ref[place, 1], Runs.read(plan_ref, place)
+                pl.when(number >= 2)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
                 here, columns = q_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
                 plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
                 for warpgroup in range(2):
-                    at = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-                    mine, limits = q_smem.at[buffer, warpgroup], bounds_smem.at[buffer, warpgroup]
-                    plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, here)
-                    plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], limits, here)
+                    at, mine = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), (buffer, warpgroup)
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[mine], here)
+                    plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[mine], here)
 
-            load_keys(
-                sizes,
-                share,
-                plan_ref,
-                group,
-                load_queries,
-                q_free,
-                Stream(k_ref, k_smem, k_here, k_free),
-                Stream(v_ref, v_smem, v_here, v_free),
-            )
+                @pl.loop(0, runs.count)
+                def _(step):
+                    key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
+                    for stream in streams:
+                        stream.load(before + step, sizes.stages, key)
 
-    tile = (sizes.stages, sizes.key, width)
+                return before + runs.count
+
+            steps = lax.fori_loop(0, rounds, load, jnp.int32(0))
+
+            for stream in streams:
+                stream.await_all(steps, sizes.stages)
+
+            @pl.loop(jnp.maximum(rounds - 2, 0), rounds)
+            def _(number):
+                plgpu.barrier_wait(q_free.at[lax.rem(number, jnp.int32(2))])
+
+    tile = (sizes.stages, TILE, width)
     per_stage = {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
@@ -448,9 +394,9 @@ def forward(
             plgpu.Barrier(num_arrivals=2),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(share.blocks,),
+        grid=(shares.shape[0],),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_forward",
-    )(q, k, v, bounds, *plan)
+    )(q, k, v, bounds, *plan, shares)

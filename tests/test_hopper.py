@@ -23,7 +23,7 @@ from attention_cases import (
 )
 from gpu_interpret import interpreted
 
-from pallas_kernels import CleanMode, Hopper, Intervals, hopper_backward, hopper_forward
+from pallas_kernels import CleanMode, Hopper, Intervals, hopper, hopper_backward, hopper_forward
 from pallas_kernels.hopper_forward import Runs
 from pallas_kernels.hopper_tiles import (
     FIRST_HALF,
@@ -33,6 +33,8 @@ from pallas_kernels.hopper_tiles import (
     SECOND_HALF,
     key_plan,
     query_plan,
+    rounds_of,
+    shares_of,
 )
 
 TILE = 8
@@ -101,9 +103,7 @@ def test_a_query_tile_visits_what_it_sees_and_masks_what_it_must(clean, views):
     queries, found = mask.shape[1], np.zeros_like(mask, dtype=int)
     plan = make_query_plan(bounds, queries, TILE, TILE)
     columns = np.asarray(plan.columns)
-    lengths = columns[:, 5] - columns[:, 2] + columns[:, 9] - columns[:, 6]
-    assert (np.diff(lengths) <= 0).all()
-    assert {tuple(x) for x in columns[:, :2]} == set(np.ndindex(2, queries // TILE))
+    assert columns[:, 1::-1].tolist() == [list(x) for x in np.ndindex(queries // TILE, 2)]
     low, high = (np.asarray(jnp.stack(x)) for x in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1)))
     route = (np.asarray(x) for x in routes(plan.columns, 2 * queries // TILE))
     for (row, tile, *_), full, count, visited, own in zip(columns, *route, strict=True):
@@ -121,6 +121,22 @@ def test_a_query_tile_visits_what_it_sees_and_masks_what_it_must(clean, views):
     assert np.array_equal(np.asarray(plan.used, bool), mask.any(axis=1))
     unclean = ~mask.any(axis=1).reshape(2, -1, TILE).all(axis=2)
     assert np.array_equal(np.asarray(plan.unclean, bool), unclean) and unclean.any()
+
+
+@pytest.mark.parametrize("heads, blocks", [(1, 3), (3, 7), (2, 132)])
+def test_shares_hold_each_item_once_and_are_even(heads, blocks):
+    """In order in each block, and loads apart by no more than one item's work."""
+    bounds, mask = rows()
+    plan = make_query_plan(bounds, mask.shape[1], TILE, TILE)
+    work = np.asarray(routes(plan.columns, 1)[1])
+    items = work.size * heads
+    shares = np.asarray(jax.jit(shares_of, static_argnums=(1, 2))(plan, heads, blocks))
+    assert shares.shape[0] == min(blocks, items)
+    counts = np.asarray(rounds_of(jnp.arange(shares.shape[0]), items, shares.shape[0]))
+    taken = [share[:count] for share, count in zip(shares, counts, strict=True)]
+    assert sorted(np.concatenate(taken)) == list(range(items))
+    assert all((np.diff(share) > 0).all() for share in taken)
+    assert np.ptp([work[share // heads].sum() for share in taken]) <= work.max() > 1
 
 
 @pytest.mark.parametrize("clean", CleanMode)
@@ -152,8 +168,7 @@ def test_a_key_tile_lists_the_query_tiles_that_see_it(clean, views):
     half, found = TILE // 2, np.zeros_like(mask, dtype=int)
     plan = make_key_plan(bounds, mask.shape[2], half, TILE)
     columns, entries = np.asarray(plan.columns), np.asarray(plan.entries)
-    assert (np.diff(columns[:, 3]) <= 0).all()
-    assert {tuple(x) for x in columns[:, :2]} == set(np.ndindex(2, mask.shape[2] // TILE))
+    assert columns[:, 1::-1].tolist() == [list(x) for x in np.ndindex(mask.shape[2] // TILE, 2)]
     low, high = (np.asarray(jnp.stack(x)) for x in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1)))
     for (row, tile, full, count), listed in zip(columns, entries, strict=True):
         keys = tile * TILE + np.arange(TILE)
@@ -200,7 +215,7 @@ def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
 
     Without `zero_rows`, in which two warpgroups write the same zeros on purpose.
     """
-    monkeypatch.setattr(hopper_forward, "BLOCKS", blocks)
+    monkeypatch.setattr(hopper, "BLOCKS", blocks)
     for module in (hopper_forward, hopper_backward):
         monkeypatch.setattr(module, "zero_rows", lambda tile, keep: None)
     in_interpreter(pack(256, [Document(24, 5), Document(232, 9)]), clean)
@@ -210,7 +225,7 @@ def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter reads no moving slice")
 def test_what_padding_holds_stands_in_no_product(monkeypatch):
     """NaN in whatever nobody sees, in cotangents too."""
-    monkeypatch.setattr(hopper_forward, "BLOCKS", 3)
+    monkeypatch.setattr(hopper, "BLOCKS", 3)
     row = pack(128, [Document(40, 8, 10), Document(60, 9)], lead=3)
     in_interpreter(row, TOKEN, hold=np.nan, detect_races=False)
 
@@ -235,5 +250,5 @@ def test_the_block_causal_clean_stream_needs_no_mask_inside_its_blocks():
     bounds = find(stack(meta), stack(meta), BLOCK)
     plan = make_query_plan(bounds, 32, TILE, TILE)
     assert (
-        routes(plan.columns, 1)[0].tolist() == [4, 3, 2, 1] and not np.asarray(plan.unclean).any()
+        routes(plan.columns, 1)[0].tolist() == [1, 2, 3, 4] and not np.asarray(plan.unclean).any()
     )

@@ -116,8 +116,9 @@ def _attention_bwd(impl, residuals, cotangents):
     q, d_out = _tiled(q, TILE), _tiled(d_out, TILE)
     k, v = _tiled(k, TILE), _tiled(v, TILE)
     lse, d_lse = (pad(x, 2, TILE) for x in (lse, d_lse.swapaxes(1, 2)))
+    by_work = plan._replace(columns=plan.columns[plan.order])
     d_q, stats = backward_queries(
-        by_queries, plan, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
+        by_queries, by_work, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
     )
     by_key_tiles = key_plan(padded, k.shape[1], ROWS, TILE)
     d_k, d_v = backward_keys(by_keys, by_key_tiles, q, k, v, d_out, stats, ends)

@@ -81,7 +81,11 @@ def backward_queries(
     d_lse: Float[Array, "B N T"],
     bounds: Int[Array, "B 4 T"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N 2 T"]]:
-    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta."""
+    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta.
+
+    Blocks start in the plan's order: the most work first, or a long one that starts late would
+    leave the chip waiting.
+    """
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
@@ -91,9 +95,6 @@ def backward_queries(
         q_smem, d_out_smem, k_smem, v_smem, stats_smem, bounds_smem, *barriers = refs
         out_here, q_here, k_here, v_here, k_free, v_free = barriers
         head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
-        # The last tiles first: they see the most, and a long block that starts late would leave
-        # the chip waiting.
-        place = plan.columns.shape[0] - 1 - place
         row, tile = plan_ref[place, 0], plan_ref[place, 1]
         runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
 
@@ -184,14 +185,13 @@ def backward_queries(
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
             streams = Stream(k_ref, k_smem, k_here, k_free), Stream(v_ref, v_smem, v_here, v_free)
 
-            @pl.loop(0, runs.count)
+            # The last `stages` steps load nothing: they see every buffer freed.
+            @pl.loop(0, runs.count + sizes.stages)
             def _(step):
                 key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
                 for stream in streams:
-                    stream.load(step, sizes.stages, key)
-
-            for stream in streams:
-                stream.await_all(runs.count, sizes.stages)
+                    slot = stream.await_free(step, sizes.stages)
+                    pl.when(step < runs.count)(partial(stream.load, slot, key))
 
     tile, per_stage = (sizes.stages, TILE, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
@@ -216,7 +216,7 @@ def backward_queries(
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_d_queries",
-    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
+    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan[:3])
 
 
 def backward_keys(

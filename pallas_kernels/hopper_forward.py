@@ -181,17 +181,9 @@ class Stream(NamedTuple):
     arrived: Any
     free: Any
 
-    def load(self, step: Array, stages: int, key) -> None:
-        """The loading warpgroup's step: waits for a buffer and fills it."""
-        slot = self.await_free(step, stages)
+    def load(self, slot: Array, key) -> None:
+        """Fills a buffer."""
         plgpu.copy_gmem_to_smem(self.source.at[key], self.buffers.at[slot], self.arrived.at[slot])
-
-    def await_all(self, count: Array, stages: int) -> None:
-        """After `count` steps: every buffer has been freed before the block ends."""
-
-        @pl.loop(count, count + stages)
-        def _(step):
-            self.await_free(step, stages)
 
     def await_free(self, step: Array, stages: int) -> Array:
         """Waits until what a buffer held `stages` steps before has been used; which buffer."""
@@ -252,7 +244,7 @@ def forward(
             pl.when(group_id == 1)(take_turns)
 
             def attend(number, before):
-                buffer, (_, head) = lax.rem(number, jnp.int32(2)), item(number)
+                buffer = lax.rem(number, jnp.int32(2))
                 mine, limits = q_smem.at[buffer, group_id], bounds_smem.at[buffer, group_id]
                 plgpu.barrier_wait(q_here.at[buffer])
                 row, tile = plan_smem[buffer, 0], plan_smem[buffer, 1]
@@ -328,6 +320,8 @@ def forward(
                 lse = (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E
                 lse_smem[group_id] = jnp.where(some, lse, EMPTY)
                 plgpu.commit_smem()
+                # Here, so that no register holds it through the loops.
+                _, head = item(number)
                 at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
                 plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
@@ -357,14 +351,17 @@ def forward(
                 def _(step):
                     key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
                     for stream in streams:
-                        stream.load(before + step, sizes.stages, key)
+                        stream.load(stream.await_free(before + step, sizes.stages), key)
 
                 return before + runs.count
 
             steps = lax.fori_loop(0, rounds, load, jnp.int32(0))
 
-            for stream in streams:
-                stream.await_all(steps, sizes.stages)
+            # Every buffer has been freed before the block ends.
+            @pl.loop(steps, steps + sizes.stages)
+            def _(step):
+                for stream in streams:
+                    stream.await_free(step, sizes.stages)
 
             @pl.loop(jnp.maximum(rounds - 2, 0), rounds)
             def _(number):
@@ -399,4 +396,4 @@ def forward(
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_forward",
-    )(q, k, v, bounds, *plan, shares)
+    )(q, k, v, bounds, *plan[:3], shares)

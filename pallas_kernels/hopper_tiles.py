@@ -2,8 +2,7 @@
 
 A query tile visits two runs of key tiles, the convex covers of its clean and of its own noisy
 intervals, each with a middle part that every query of the tile sees whole. A key tile visits a
-list of query tiles. Plans go through the tiles from the first to the last one, all rows of a batch
-in turn: what is at work at a time then reads the same keys.
+list of query tiles.
 """
 
 from typing import NamedTuple
@@ -29,12 +28,14 @@ class QueryPlan(NamedTuple):
     columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run,
     then whether the row has unclean tiles, then what its first half and its second see, of the
     clean run and of the own one: begin << 16 | end in halves of key tiles, 0 for nothing; the last
-    fills up. used: which keys some query sees. unclean: key tiles that hold others.
+    fills up. used: which keys some query sees. unclean: key tiles that hold others. order: the
+    places, those with the most key tiles first.
     """
 
     columns: Int[Array, "P 16"]
     used: Int[Array, "B S"]
     unclean: Int[Array, "B J"]
+    order: Int[Array, "P"]
 
 
 class KeyPlan(NamedTuple):
@@ -79,33 +80,43 @@ def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> 
     halves = _covers(bounds, query_tile // 2)
     half = key_tile // 2
     seen = jnp.where(halves.end > 0, halves.begin // half << 16 | -(-halves.end // half), 0)
-    # (2, B, 2 I) -> (2, B, I, 2)
-    begin, end, last_begin, first_end, _, seen = (
-        x.reshape(*x.shape[:2], -1, 2) for x in (*halves, seen)
+    # Of both halves apart: a reduction over an axis of two would be a kernel of its own.
+    seen, *pairs = ((x[:, :, 0::2], x[:, :, 1::2]) for x in (seen, *halves[:4]))
+    begin, end, last_begin, first_end = (
+        function(*pair)
+        for function, pair in zip(
+            (jnp.minimum, jnp.maximum, jnp.maximum, jnp.minimum), pairs, strict=True
+        )
     )
-    end = end.max(axis=3)
-    begin = jnp.where(end > 0, begin.min(axis=3) // key_tile, 0)
+    begin = jnp.where(end > 0, begin // key_tile, 0)
     end = -(-end // key_tile)
-    full = jnp.clip(-(-last_begin.max(axis=3) // key_tile), begin, end)
-    full_end = jnp.clip(first_end.min(axis=3) // key_tile, full, end)
+    full = jnp.clip(-(-last_begin // key_tile), begin, end)
+    full_end = jnp.clip(first_end // key_tile, full, end)
     runs = jnp.stack([begin, full, full_end, end])
     _, _, rows, tiles = runs.shape
     used = used_keys(bounds, keys)
     unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
     row, tile, some, filler = (
         jnp.broadcast_to(x, (rows, tiles))
-        for x in (
-            jnp.arange(rows)[:, None],
-            jnp.arange(tiles),
-            unclean.any(axis=1)[:, None],
-            0,
-        )
+        for x in (jnp.arange(rows)[:, None], jnp.arange(tiles), unclean.any(axis=1)[:, None], 0)
     )
     columns = [row, tile, *runs[:, 0], *runs[:, 1], some]
-    columns += [seen[run, :, :, part] for run in range(2) for part in range(2)]
-    # (B, I, 16) -> (I * B, 16)
-    columns = jnp.stack([*columns, filler], axis=2).swapaxes(0, 1).reshape(rows * tiles, -1)
-    return QueryPlan(columns.astype(jnp.int32), used.astype(jnp.int32), unclean.astype(jnp.int32))
+    columns += [part for run in zip(*seen, strict=True) for part in run]
+    columns = jnp.stack([*columns, filler], axis=2).reshape(rows * tiles, -1).astype(jnp.int32)
+    order = _heavy_first((end - begin).sum(axis=0).reshape(-1))
+    return QueryPlan(columns, used.astype(jnp.int32), unclean.astype(jnp.int32), order)
+
+
+def _heavy_first(work: Int[Array, "P"]) -> Int[Array, "P"]:
+    """Their numbers, the most work first, in their order where it is equal.
+
+    By comparing all pairs: for so few one kernel instead of the many of a sort.
+    """
+    number = jnp.arange(work.shape[0])
+    before = work[None] > work[:, None]
+    before |= (work[None] == work[:, None]) & (number[None] < number[:, None])
+    ranked = before.sum(axis=1)[None] == number[:, None]
+    return jnp.where(ranked, number, 0).sum(axis=1)
 
 
 def shares_of(plan: QueryPlan, heads: int, blocks: int) -> Int[Array, "X R"]:
@@ -115,22 +126,15 @@ def shares_of(plan: QueryPlan, heads: int, blocks: int) -> Int[Array, "X R"]:
     first, in rounds that go up and down the blocks, the last one up: static shares, but even. A
     block then takes its own in the plan's order, so that all of them are near the same keys.
     """
-    columns = plan.columns
-    work = columns[:, 5] - columns[:, 2] + columns[:, 9] - columns[:, 6]
-    places = jnp.arange(work.shape[0])
-    # Comparing all pairs: for so few places one kernel instead of the many of a sort.
-    before = work[None] > work[:, None]
-    before |= (work[None] == work[:, None]) & (places[None] < places[:, None])
-    ranked = before.sum(axis=1)[None] == places[:, None]
-    order = jnp.where(ranked, places[None], 0).sum(axis=1)
-    items = work.shape[0] * heads
+    places = plan.order.shape[0]
+    items = places * heads
     blocks = min(blocks, items)
     rounds = -(-items // blocks)
     number, block = jnp.arange(rounds), jnp.arange(blocks)[:, None]
     up = (number % 2 == 0) | (number == rounds - 1)
     dealt = number * blocks + jnp.where(up, block, blocks - 1 - block)
     rank, head = jnp.divmod(dealt, heads)
-    item = order[jnp.minimum(rank, work.shape[0] - 1)] * heads + head
+    item = plan.order[jnp.minimum(rank, places - 1)] * heads + head
     return jnp.sort(jnp.where(dealt < items, item, _LAST), axis=1).astype(jnp.int32)
 
 
@@ -156,17 +160,11 @@ def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> Ke
         x.transpose(2, 1, 0, 3).reshape(key_tiles * rows, 2 * tiles)
         for x in (live, full, lower, upper, idle)
     )
-    masked = live & ~full
-    fulls = full.sum(axis=1, keepdims=True)
-    # Where an entry goes: entries without a mask first, then the others, each in order.
-    outside = live.shape[1] + jnp.arange(live.shape[1])
-    place = jnp.where(masked, fulls + jnp.cumsum(masked, axis=1) - 1, outside)
-    place = jnp.where(full, jnp.cumsum(full, axis=1) - 1, place)
     part, tile = jnp.divmod(jnp.arange(2 * tiles), tiles)
     code = tile << FLAGS | part * OWN | idle * IDLE | lower * FIRST_HALF | upper * SECOND_HALF
-    entries = jnp.zeros(live.shape, jnp.int32)
-    owner = jnp.arange(live.shape[0])[:, None]
-    entries = entries.at[owner, place].set(code.astype(jnp.int32), mode="drop", unique_indices=True)
+    # Those without a mask first, then the others, each in order.
+    place = jnp.arange(2 * tiles) + jnp.where(full, 0, jnp.where(live, 2 * tiles, 4 * tiles))
+    _, entries = lax.sort((place, code.astype(jnp.int32)), dimension=1, num_keys=1)
     tile, row = jnp.divmod(jnp.arange(rows * key_tiles), rows)
-    columns = jnp.stack([row, tile, fulls[:, 0], live.sum(axis=1)], axis=1)
+    columns = jnp.stack([row, tile, full.sum(axis=1), live.sum(axis=1)], axis=1)
     return KeyPlan(columns.astype(jnp.int32), entries)

@@ -103,7 +103,9 @@ def test_a_query_tile_visits_what_it_sees_and_masks_what_it_must(clean, views):
     queries, found = mask.shape[1], np.zeros_like(mask, dtype=int)
     plan = make_query_plan(bounds, queries, TILE, TILE)
     columns = np.asarray(plan.columns)
-    assert columns[:, 1::-1].tolist() == [list(x) for x in np.ndindex(queries // TILE, 2)]
+    assert columns[:, :2].tolist() == [list(x) for x in np.ndindex(2, queries // TILE)]
+    lengths = columns[:, 5] - columns[:, 2] + columns[:, 9] - columns[:, 6]
+    assert np.array_equal(plan.order, np.argsort(-lengths, kind="stable"))
     low, high = (np.asarray(jnp.stack(x)) for x in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1)))
     route = (np.asarray(x) for x in routes(plan.columns, 2 * queries // TILE))
     for (row, tile, *_), full, count, visited, own in zip(columns, *route, strict=True):

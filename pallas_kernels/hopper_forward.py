@@ -310,9 +310,19 @@ def forward(
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
                 top = row_wise(jnp.full((ROWS,), _FLOOR, jnp.float32))
                 total = row_wise(jnp.zeros((ROWS,), jnp.float32))
+                # Late, when the copies of the last output have long been under way, but before the
+                # last step: in that one the second warpgroup waits for the first one's next item.
+                last, bare = partial(leave, 1 - buffer), runs.full == runs.count
+                pl.when((number > 0) & bare)(last)
+
+                # For the same reason an item without steps has turns, those of one step.
+                @pl.when(runs.count == 0)
+                def _():
+                    take_turns()
+                    take_turns()
+
                 carry = lax.fori_loop(0, runs.full, full_step, (acc, top, total))
-                # Late, when the copies of the last output have long been under way.
-                pl.when(number > 0)(lambda: leave(1 - buffer))
+                pl.when((number > 0) & ~bare)(last)
                 acc, top, total = lax.fori_loop(runs.full, runs.count, masked_step, carry)
                 some = total > 0
                 factor = jnp.where(some, 1 / jnp.where(some, total, 1), 0)

@@ -123,24 +123,25 @@ def shares_of(plan: QueryPlan, heads: int, blocks: int) -> Int[Array, "X R"]:
     """Which items each of `blocks` thread blocks takes: place in the plan * heads + head, in order.
 
     As many as `rounds_of` says; what follows is undefined. Items are dealt out by work, the most
-    first, in rounds that go up and down the blocks, the last one up: static shares, but even. A
-    block then takes its own in the plan's order, so that all of them are near the same keys.
+    first, in rounds that go up and down the blocks: static shares, but even. A block then takes its
+    own in the plan's order, so that all of them are near the same keys.
     """
     places = plan.order.shape[0]
     items = places * heads
     blocks = min(blocks, items)
     rounds = -(-items // blocks)
     number, block = jnp.arange(rounds), jnp.arange(blocks)[:, None]
-    up = (number % 2 == 0) | (number == rounds - 1)
-    dealt = number * blocks + jnp.where(up, block, blocks - 1 - block)
+    dealt = number * blocks + jnp.where(number % 2 == 0, block, blocks - 1 - block)
     rank, head = jnp.divmod(dealt, heads)
     item = plan.order[jnp.minimum(rank, places - 1)] * heads + head
     return jnp.sort(jnp.where(dealt < items, item, _LAST), axis=1).astype(jnp.int32)
 
 
 def rounds_of(block: Array, items: int, blocks: int) -> Array:
-    """How many of the items a block takes."""
-    return lax.div(items - 1 - block, jnp.int32(blocks)) + 1
+    """How many of the items a block takes: the last round may not reach all of them."""
+    rounds, left = divmod(items, blocks)
+    place = block if rounds % 2 == 0 else blocks - 1 - block
+    return rounds + (place < left).astype(jnp.int32)
 
 
 def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> KeyPlan:

@@ -74,6 +74,18 @@ class TestHopperWide(TestHopper):
 
 
 @pytest.mark.gpu
+class TestHopperFewBlocks(TestHopperWide):
+    """Thread blocks that take many items each: the rows of these laws are too short for 132."""
+
+    @pytest.fixture(autouse=True)
+    def few_blocks(self, monkeypatch):
+        monkeypatch.setattr(hopper, "BLOCKS", 3)
+        jax.clear_caches()
+        yield
+        jax.clear_caches()
+
+
+@pytest.mark.gpu
 class TestHopperPadded(TestHopper):
     """A width that no product has, rows shorter than a tile."""
 
@@ -210,8 +222,16 @@ def in_interpreter(row, clean: CleanMode, hold=0.0, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("clean", CleanMode)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(pack(256, [Document(24, 5), Document(232, 9)]), id="masks everywhere"),
+        pytest.param(pack(384, [Document(384, 128)]), id="noisy tiles without a mask"),
+        pytest.param(pack(512, [Document(130, 7)]), id="tiles that see nothing"),
+    ],
+)
 def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
-    clean, blocks, monkeypatch
+    row, clean, blocks, monkeypatch
 ):
     """All three passes with their barriers, blocks of several items, grouped heads; bfloat16.
 
@@ -220,7 +240,7 @@ def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
     monkeypatch.setattr(hopper, "BLOCKS", blocks)
     for module in (hopper_forward, hopper_backward):
         monkeypatch.setattr(module, "zero_rows", lambda tile, keep: None)
-    in_interpreter(pack(256, [Document(24, 5), Document(232, 9)]), clean)
+    in_interpreter(row, clean)
 
 
 @pytest.mark.slow

@@ -220,14 +220,13 @@ def in_interpreter(row, clean: CleanMode, hold=0.0, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("clean", CleanMode)
 @pytest.mark.parametrize(
-    "row",
+    "row, blocks",
     [
-        pytest.param(pack(256, [Document(24, 5), Document(232, 9)]), id="masks everywhere"),
-        pytest.param(pack(384, [Document(384, 128)]), id="noisy tiles without a mask"),
-        pytest.param(pack(512, [Document(130, 7)]), id="tiles that see nothing"),
+        pytest.param(pack(256, [Document(24, 5), Document(232, 9)]), 3, id="masks everywhere"),
+        pytest.param(pack(256, [Document(256, 128)]), 1, id="noisy tiles without a mask"),
+        pytest.param(pack(256, [Document(100, 7)]), 1, id="tiles that see nothing"),
     ],
 )
 def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
@@ -235,6 +234,7 @@ def test_the_kernels_in_the_interpreter_give_the_reference_without_races(
 ):
     """All three passes with their barriers, blocks of several items, grouped heads; bfloat16.
 
+    A warpgroup of the forward pass may be an item ahead of the other, whatever the items' steps.
     Without `zero_rows`, in which two warpgroups write the same zeros on purpose.
     """
     monkeypatch.setattr(hopper, "BLOCKS", blocks)

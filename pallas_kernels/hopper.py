@@ -9,15 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_window import window_attention
 from pallas_kernels.hopper_backward import backward_keys, backward_queries
-from pallas_kernels.hopper_forward import ROWS, Sizes, forward
-from pallas_kernels.hopper_tiles import key_plan, query_plan
+from pallas_kernels.hopper_forward import ROWS, TILE, Sizes, forward
+from pallas_kernels.hopper_product import BLOCKS
+from pallas_kernels.hopper_tiles import key_plan, query_plan, shares_of
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
 from pallas_kernels.padding import pad
 from pallas_kernels.quiet import nothing
-
-# Queries, and keys in the pass for dK and dV, of a thread block: two warpgroups of 64.
-_TILE = 2 * ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +73,15 @@ def _tiled(x: Array, length: int) -> Array:
 
 
 def _padded(bounds: Intervals) -> Intervals:
-    return Intervals(*(pad(x, 1, _TILE) for x in bounds))
+    return Intervals(*(pad(x, 1, TILE) for x in bounds))
 
 
 def _sizes(impl: Hopper, width: int) -> tuple[Sizes, Sizes, Sizes]:
     """Of the forward pass, of dQ, of dK and dV."""
     return (
-        Sizes(_TILE, impl.forward_stages, width),
-        Sizes(_TILE, impl.queries_stages, width),
-        Sizes(_TILE, impl.keys_stages, width),
+        Sizes(impl.forward_stages, width),
+        Sizes(impl.queries_stages, width),
+        Sizes(impl.keys_stages, width),
     )
 
 
@@ -97,11 +95,11 @@ def _attention_fwd(impl, q, k, v, bounds):
     if 0 in (*q.shape[:2], k.shape[1]):
         return nothing(q), (q, k, v, bounds, None, *nothing(q))
     sizes, _, _ = _sizes(impl, width)
-    padded, k_tiles = _padded(bounds), _tiled(k, _TILE)
-    plan = query_plan(padded, k_tiles.shape[1], _TILE, sizes.key)
-    out, lse = forward(
-        sizes, plan, _tiled(q, _TILE), k_tiles, _tiled(v, _TILE), jnp.stack(padded, axis=1)
-    )
+    padded, k_tiles = _padded(bounds), _tiled(k, TILE)
+    plan = query_plan(padded, k_tiles.shape[1], TILE, TILE)
+    shares = shares_of(plan, q.shape[2], BLOCKS)
+    ends = jnp.stack(padded, axis=1)
+    out, lse = forward(sizes, plan, shares, _tiled(q, TILE), k_tiles, _tiled(v, TILE), ends)
     out, lse = kept((out[:, :queries, :, :width], lse[:, :, :queries]))
     return (out, lse.swapaxes(1, 2)), (q, k, v, bounds, plan, out, lse)
 
@@ -115,13 +113,14 @@ def _attention_bwd(impl, residuals, cotangents):
     _, by_queries, by_keys = _sizes(impl, width)
     padded = _padded(bounds)
     ends = jnp.stack(padded, axis=1)
-    q, d_out = _tiled(q, _TILE), _tiled(d_out, _TILE)
-    k, v = _tiled(k, _TILE), _tiled(v, _TILE)
-    lse, d_lse = (pad(x, 2, _TILE) for x in (lse, d_lse.swapaxes(1, 2)))
+    q, d_out = _tiled(q, TILE), _tiled(d_out, TILE)
+    k, v = _tiled(k, TILE), _tiled(v, TILE)
+    lse, d_lse = (pad(x, 2, TILE) for x in (lse, d_lse.swapaxes(1, 2)))
+    by_work = plan._replace(columns=plan.columns[plan.order])
     d_q, stats = backward_queries(
-        by_queries, plan, q, k, v, _tiled(out, _TILE), d_out, lse, d_lse, ends
+        by_queries, by_work, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
     )
-    by_key_tiles = key_plan(padded, k.shape[1], ROWS, _TILE)
+    by_key_tiles = key_plan(padded, k.shape[1], ROWS, TILE)
     d_k, d_v = backward_keys(by_keys, by_key_tiles, q, k, v, d_out, stats, ends)
     d_k, d_v = (x[:, :keys, :, :width] for x in (d_k, d_v))
     return d_q[:, :queries, :, :width], d_k, d_v, None

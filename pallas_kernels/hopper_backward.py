@@ -19,12 +19,12 @@ from pallas_kernels.hopper_forward import (
     LOG2E,
     MATH_REGISTERS,
     ROWS,
+    TILE,
     Halves,
     Runs,
     Sizes,
     Stream,
     across,
-    load_keys,
     masked,
     read_rows,
     seen,
@@ -81,7 +81,11 @@ def backward_queries(
     d_lse: Float[Array, "B N T"],
     bounds: Int[Array, "B 4 T"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N 2 T"]]:
-    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta."""
+    """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta.
+
+    Blocks start in the plan's order: the most work first, or a long one that starts late would
+    leave the chip waiting.
+    """
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
@@ -99,7 +103,7 @@ def backward_queries(
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
             halves = Halves.read(plan_ref, place, group_id)
             mine, d_mine = q_smem.at[group_id], d_out_smem.at[group_id]
-            at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
+            at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
             stats, here = stats_smem.at[group_id], out_here.at[group_id]
             # The output first takes the place of the queries: delta is all that is needed of it.
             plgpu.copy_gmem_to_smem(out_ref.at[row, at, head], mine, here)
@@ -151,25 +155,23 @@ def backward_queries(
                 return slot
 
             def step(number, d_q):
-                return add(arrived(number), pl.ds(0, sizes.key), None, d_q)
+                return add(arrived(number), pl.ds(0, TILE), None, d_q)
 
             def masked_step(number, d_q):
                 slot = arrived(number)
                 key_tile, own = runs.masked_tile(number)
                 both, part = halves.of(key_tile, own)
                 # A branch any later would keep a predicate for every score across itself.
-                keys = used(used_ref.at[row], key_tile * sizes.key)
+                keys = used(used_ref.at[row], key_tile * TILE)
                 clean = partial(zero_rows, k_smem.at[slot], keys)
                 unclean(unclean_ref, some_unclean, row, key_tile, clean)
 
                 def on(first, size, d_q):
-                    place = own, key_tile * sizes.key + first
+                    place = own, key_tile * TILE + first
                     return add(slot, pl.ds(first, size), place, d_q)
 
-                half = sizes.key // 2
-                return lax.cond(
-                    both, partial(on, 0, sizes.key), partial(on, part * half, half), d_q
-                )
+                half = TILE // 2
+                return lax.cond(both, partial(on, 0, TILE), partial(on, part * half, half), d_q)
 
             d_q = lax.fori_loop(0, runs.full, step, _zeros((ROWS, width)))
             d_q = lax.fori_loop(runs.full, runs.count, masked_step, d_q)
@@ -180,16 +182,18 @@ def backward_queries(
 
         @pl.when(group_id == 2)
         def _():
-            kv_head = lax.div(head, jnp.int32(group))
-            load_keys(
-                sizes,
-                runs,
-                (row, kv_head),
-                Stream(k_ref, k_smem, k_here, k_free),
-                Stream(v_ref, v_smem, v_here, v_free),
-            )
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            streams = Stream(k_ref, k_smem, k_here, k_free), Stream(v_ref, v_smem, v_here, v_free)
 
-    tile, per_stage = (sizes.stages, sizes.key, width), {"num_barriers": sizes.stages}
+            # The last `stages` steps load nothing: they see every buffer freed.
+            @pl.loop(0, runs.count + sizes.stages)
+            def _(step):
+                key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
+                for stream in streams:
+                    slot = stream.await_free(step, sizes.stages)
+                    pl.when(step < runs.count)(partial(stream.load, slot, key))
+
+    tile, per_stage = (sizes.stages, TILE, width), {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -212,7 +216,7 @@ def backward_queries(
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_d_queries",
-    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan)
+    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan[:3])
 
 
 def backward_keys(
@@ -245,7 +249,7 @@ def backward_keys(
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
             my_k, my_v = k_smem.at[group_id], v_smem.at[group_id]
-            first = tile * (2 * ROWS) + group_id * ROWS
+            first = tile * TILE + group_id * ROWS
             at = pl.ds(first, ROWS)
             here = k_here.at[group_id]
             plgpu.copy_gmem_to_smem(k_ref.at[row, at, kv_head], my_k, here)

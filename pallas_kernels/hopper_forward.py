@@ -1,4 +1,9 @@
-"""Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan."""
+"""Attention forward on Hopper: two warpgroups of consumers, one that loads, tiles by the plan.
+
+A thread block stays on its multiprocessor and takes one query tile after the other: between blocks
+that come and go some 6000 cycles pass, which is two key tiles' time, and another 6000 until a new
+one's products are under way.
+"""
 
 import math
 from functools import partial
@@ -12,15 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper_product import read, tiled
-from pallas_kernels.hopper_tiles import QueryPlan
+from pallas_kernels.hopper_tiles import QueryPlan, rounds_of
 from pallas_kernels.merge import EMPTY
 
-# Queries of one warpgroup: the rows of a wgmma.
+# Queries of one warpgroup: the rows of a wgmma. Tiles of the plans: queries of a block, and keys.
 ROWS = 64
+TILE = 2 * ROWS
 
 # Every warpgroup starts with 168 registers a thread: what the loading one gives up, 168 - 24, the
 # two others get, 2 * (240 - 168). With less to give they would wait for ever.
 LOADER_REGISTERS, MATH_REGISTERS = 24, 240
+
+# Numbers of a plan's row in shared memory: copies go to multiples of 128 bytes.
+PLAN_ROOM = 32
 
 LOG2E = math.log2(math.e)
 
@@ -29,9 +38,8 @@ _MASKED, _FLOOR = -1e30, -4e28
 
 
 class Sizes(NamedTuple):
-    """Tokens per tile, of keys, and how many tiles are in flight; the width before padding."""
+    """How many steps are in flight, and the width before padding."""
 
-    key: int
     stages: int
     width: int
 
@@ -94,6 +102,11 @@ class Halves(NamedTuple):
         cover = jnp.where(own, self.own, self.clean)
         first, begin, end = 2 * tile, cover >> 16, cover & 0xFFFF
         return (begin <= first) & (end >= first + 2), (begin > first).astype(jnp.int32)
+
+
+def divide(x: Array, by: int) -> tuple[Array, Array]:
+    """Quotient and remainder of what is not negative."""
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
 def row_wise(x: Array) -> Array:
@@ -168,38 +181,25 @@ class Stream(NamedTuple):
     arrived: Any
     free: Any
 
-    def load(self, step: Array, stages: int, key, count: Array) -> None:
-        """The loading warpgroup's step: waits for a buffer, and fills it if there is a tile left.
+    def load(self, slot: Array, key) -> None:
+        """Fills a buffer."""
+        plgpu.copy_gmem_to_smem(self.source.at[key], self.buffers.at[slot], self.arrived.at[slot])
 
-        The last `stages` steps load nothing: they see every buffer freed.
-        """
+    def await_free(self, step: Array, stages: int) -> Array:
+        """Waits until what a buffer held `stages` steps before has been used; which buffer."""
         slot = lax.rem(step, jnp.int32(stages))
 
         @pl.when(step >= stages)
         def _():
             plgpu.barrier_wait(self.free.at[slot])
 
-        @pl.when(step < count)
-        def _():
-            source, buffer = self.source.at[key], self.buffers.at[slot]
-            plgpu.copy_gmem_to_smem(source, buffer, self.arrived.at[slot])
-
-
-def load_keys(sizes: Sizes, runs: Runs, place: tuple[Array, Array], *streams: Stream) -> None:
-    """The work of the loading warpgroup: every key tile of a row and head into every stream."""
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    row, kv_head = place
-
-    @pl.loop(0, runs.count + sizes.stages)
-    def _(number):
-        key = row, pl.ds(runs.tile(number) * sizes.key, sizes.key), kv_head
-        for stream in streams:
-            stream.load(number, sizes.stages, key, runs.count)
+        return slot
 
 
 def forward(
     sizes: Sizes,
     plan: QueryPlan,
+    shares: Int[Array, "X R"],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -207,6 +207,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; T and S are multiples of the tiles, H of 64.
 
+    shares: `hopper_tiles.shares_of` the plan for as many heads; a thread block for each.
     The two warpgroups of a block take turns: while one computes a softmax, the other's products
     keep the tensor cores busy (the ping-pong of FlashAttention-3, Shah et al. 2024, section 3.1).
     """
@@ -214,121 +215,169 @@ def forward(
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
 
-    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *scratch):
-        out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, lse_smem, *barriers = scratch
-        q_here, k_here, v_here, k_free, v_free, turn = barriers
-        head, place, group_id = (lax.axis_index(name) for name in ("heads", "tiles", "wg"))
-        row, tile = plan_ref[place, 0], plan_ref[place, 1]
-        runs, some_unclean = Runs.read(plan_ref, place), plan_ref[place, 10]
+    items = heads * plan.columns.shape[0]
+
+    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *refs):
+        shares_ref, *scratch = refs
+        out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, plan_smem, lse_smem, *barriers = (
+            scratch
+        )
+        q_here, q_free, k_here, v_here, k_free, v_free, turn = barriers
+        block, group_id = lax.axis_index("block"), lax.axis_index("wg")
+        rounds = rounds_of(block, items, shares.shape[0])
+
+        def item(number):
+            return divide(shares_ref[block, number], heads)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
+        def leave(buffer):
+            """The output has left the place of the queries: the next but one may come."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[buffer])
+
         @pl.when(group_id < 2)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
-            halves = Halves.read(plan_ref, place, group_id)
-            mine = q_smem.at[group_id]
-            at = pl.ds(tile * (2 * ROWS) + group_id * ROWS, ROWS)
-            here = q_here.at[group_id]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], mine, here)
-            plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[group_id], here)
-            plgpu.barrier_wait(here)
-
-            def attend(slot, keys, place, clean, carry):
-                """A step on the `keys` of a buffer; place: what `seen` takes, none without mask."""
-                acc, top, total = carry
-                here = (ROWS, keys.size)
-
-                def scores(ref):
-                    plgpu.wgmma(ref, mine, k_smem.at[slot, keys].transpose((1, 0)))
-                    take_turns()
-                    return ref[...]
-
-                s = pl.run_scoped(scores, plgpu.ACC(here, jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                if place is not None:
-                    s = jnp.where(seen(bounds_smem.at[group_id], *place, here), s, _MASKED)
-                higher = jnp.maximum(top, s.max(axis=1) * scale)
-                p = jnp.exp2(s * scale - across(higher, here))
-                shrink = jnp.exp2(top - higher)
-                acc *= across(shrink, acc.shape)
-                total = total * shrink + p.sum(axis=1)
-                p16 = p.astype(q.dtype)
-                acc, total, top, p16 = lax.optimization_barrier((acc, total, higher, p16))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_here.at[slot])
-                clean()
-                plgpu.barrier_wait(turn)
-
-                def values(ref):
-                    plgpu.wgmma(ref, p16, v_smem.at[slot, keys])
-
-                acc = pl.run_state(values)(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, top, total
-
-            def step(number, carry):
-                slot = lax.rem(number, jnp.int32(sizes.stages))
-                plgpu.barrier_wait(k_here.at[slot])
-                return attend(slot, pl.ds(0, sizes.key), None, lambda: None, carry)
-
-            def masked_step(number, carry):
-                slot = lax.rem(number, jnp.int32(sizes.stages))
-                plgpu.barrier_wait(k_here.at[slot])
-                key_tile, own = runs.masked_tile(number)
-                both, part = halves.of(key_tile, own)
-                flags = used(used_ref.at[row], key_tile * sizes.key)
-                clean = partial(
-                    unclean,
-                    unclean_ref,
-                    some_unclean,
-                    row,
-                    key_tile,
-                    partial(zero_rows, v_smem.at[slot], flags),
-                )
-
-                def on(first, size, carry):
-                    place = own, key_tile * sizes.key + first
-                    return attend(slot, pl.ds(first, size), place, clean, carry)
-
-                half = sizes.key // 2
-                return lax.cond(
-                    both, partial(on, 0, sizes.key), partial(on, part * half, half), carry
-                )
-
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-            top = row_wise(jnp.full((ROWS,), _FLOOR, jnp.float32))
-            total = row_wise(jnp.zeros((ROWS,), jnp.float32))
             pl.when(group_id == 1)(take_turns)
-            carry = acc, top, total
-            carry = lax.fori_loop(0, runs.full, step, carry)
-            carry = lax.fori_loop(runs.full, runs.count, masked_step, carry)
+
+            def attend(number, before):
+                buffer = lax.rem(number, jnp.int32(2))
+                mine, limits = q_smem.at[buffer, group_id], bounds_smem.at[buffer, group_id]
+                plgpu.barrier_wait(q_here.at[buffer])
+                row, tile = plan_smem[buffer, 0], plan_smem[buffer, 1]
+                runs, some_unclean = Runs.read(plan_smem, buffer), plan_smem[buffer, 10]
+                halves = Halves.read(plan_smem, buffer, group_id)
+
+                def add(slot, keys, place, clean, carry):
+                    """A step on the `keys` of a buffer; place: what `seen` takes, none without."""
+                    acc, top, total = carry
+                    here = (ROWS, keys.size)
+
+                    def scores(ref):
+                        plgpu.wgmma(ref, mine, k_smem.at[slot, keys].transpose((1, 0)))
+                        take_turns()
+                        return ref[...]
+
+                    s = pl.run_scoped(scores, plgpu.ACC(here, jnp.float32))
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    if place is not None:
+                        s = jnp.where(seen(limits, *place, here), s, _MASKED)
+                    higher = jnp.maximum(top, s.max(axis=1) * scale)
+                    p = jnp.exp2(s * scale - across(higher, here))
+                    shrink = jnp.exp2(top - higher)
+                    acc *= across(shrink, acc.shape)
+                    total = total * shrink + p.sum(axis=1)
+                    p16 = p.astype(q.dtype)
+                    acc, total, top, p16 = lax.optimization_barrier((acc, total, higher, p16))
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(v_here.at[slot])
+                    clean()
+                    plgpu.barrier_wait(turn)
+
+                    def values(ref):
+                        plgpu.wgmma(ref, p16, v_smem.at[slot, keys])
+
+                    acc = pl.run_state(values)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(v_free.at[slot])
+                    return acc, top, total
+
+                def arrived(step):
+                    slot = lax.rem(before + step, jnp.int32(sizes.stages))
+                    plgpu.barrier_wait(k_here.at[slot])
+                    return slot
+
+                def full_step(step, carry):
+                    return add(arrived(step), pl.ds(0, TILE), None, lambda: None, carry)
+
+                def masked_step(step, carry):
+                    slot = arrived(step)
+                    key_tile, own = runs.masked_tile(step)
+                    both, part = halves.of(key_tile, own)
+                    flags = used(used_ref.at[row], key_tile * TILE)
+                    zeros = partial(zero_rows, v_smem.at[slot], flags)
+                    clean = partial(unclean, unclean_ref, some_unclean, row, key_tile, zeros)
+
+                    def on(first, size, carry):
+                        place = own, key_tile * TILE + first
+                        return add(slot, pl.ds(first, size), place, clean, carry)
+
+                    whole, half = partial(on, 0, TILE), partial(on, part * ROWS, ROWS)
+                    return lax.cond(both, whole, half, carry)
+
+                acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+                top = row_wise(jnp.full((ROWS,), _FLOOR, jnp.float32))
+                total = row_wise(jnp.zeros((ROWS,), jnp.float32))
+                # Late, when the copies of the last output have long been under way, but before the
+                # last step: in that one the second warpgroup waits for the first one's next item.
+                last, bare = partial(leave, 1 - buffer), runs.full == runs.count
+                pl.when((number > 0) & bare)(last)
+
+                # For the same reason an item without steps has turns, those of one step.
+                @pl.when(runs.count == 0)
+                def _():
+                    take_turns()
+                    take_turns()
+
+                carry = lax.fori_loop(0, runs.full, full_step, (acc, top, total))
+                pl.when((number > 0) & ~bare)(last)
+                acc, top, total = lax.fori_loop(runs.full, runs.count, masked_step, carry)
+                some = total > 0
+                factor = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+                mine[...] = (acc * across(factor, acc.shape)).astype(q.dtype)
+                lse = (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E
+                lse_smem[group_id] = jnp.where(some, lse, EMPTY)
+                plgpu.commit_smem()
+                # Here, so that no register holds it through the loops.
+                _, head = item(number)
+                at = pl.ds(tile * TILE + group_id * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
+                return before + runs.count
+
+            lax.fori_loop(0, rounds, attend, jnp.int32(0))
             pl.when(group_id == 0)(take_turns)
-            acc, top, total = carry
-            some = total > 0
-            share = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
-            mine[...] = (acc * across(share, acc.shape)).astype(q.dtype)
-            lse = (top + jnp.log2(jnp.where(some, total, 1))) / LOG2E
-            lse_smem[group_id] = jnp.where(some, lse, EMPTY)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mine, out_ref.at[row, at, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[group_id], lse_ref.at[row, head, at])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            leave(lax.rem(rounds - 1, jnp.int32(2)))
 
         @pl.when(group_id == 2)
         def _():
-            kv_head = lax.div(head, jnp.int32(group))
-            load_keys(
-                sizes,
-                runs,
-                (row, kv_head),
-                Stream(k_ref, k_smem, k_here, k_free),
-                Stream(v_ref, v_smem, v_here, v_free),
-            )
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            streams = Stream(k_ref, k_smem, k_here, k_free), Stream(v_ref, v_smem, v_here, v_free)
 
-    tile = (sizes.stages, sizes.key, width)
+            def load(number, before):
+                buffer, (place, head) = lax.rem(number, jnp.int32(2)), item(number)
+                row, tile, runs = plan_ref[place, 0], plan_ref[place, 1], Runs.read(plan_ref, place)
+                pl.when(number >= 2)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
+                here, columns = q_here.at[buffer], (buffer, pl.ds(0, plan.columns.shape[1]))
+                plgpu.copy_gmem_to_smem(plan_ref.at[place], plan_smem.at[columns], here)
+                for warpgroup in range(2):
+                    at, mine = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), (buffer, warpgroup)
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, at, head], q_smem.at[mine], here)
+                    plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, at], bounds_smem.at[mine], here)
+
+                @pl.loop(0, runs.count)
+                def _(step):
+                    key = row, pl.ds(runs.tile(step) * TILE, TILE), lax.div(head, jnp.int32(group))
+                    for stream in streams:
+                        stream.load(stream.await_free(before + step, sizes.stages), key)
+
+                return before + runs.count
+
+            steps = lax.fori_loop(0, rounds, load, jnp.int32(0))
+
+            # Every buffer has been freed before the block ends.
+            @pl.loop(steps, steps + sizes.stages)
+            def _(step):
+                for stream in streams:
+                    stream.await_free(step, sizes.stages)
+
+            @pl.loop(jnp.maximum(rounds - 2, 0), rounds)
+            def _(number):
+                plgpu.barrier_wait(q_free.at[lax.rem(number, jnp.int32(2))])
+
+    tile = (sizes.stages, TILE, width)
     per_stage = {"num_barriers": sizes.stages}
     return plgpu.kernel(
         kernel,
@@ -337,11 +386,13 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
         ),
         scratch_types=(
-            tiled((2, ROWS, width), q.dtype),
+            tiled((2, 2, ROWS, width), q.dtype),
             tiled(tile, q.dtype),
             tiled(tile, q.dtype),
-            plgpu.SMEM((2, 4, ROWS), jnp.int32),
+            plgpu.SMEM((2, 2, 4, ROWS), jnp.int32),
+            plgpu.SMEM((2, PLAN_ROOM), jnp.int32),
             plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=5, num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(**per_stage),
             plgpu.Barrier(**per_stage),
@@ -350,9 +401,9 @@ def forward(
             plgpu.Barrier(num_arrivals=2),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(heads, plan.columns.shape[0]),
-        grid_names=("heads", "tiles"),
+        grid=(shares.shape[0],),
+        grid_names=("block",),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_forward",
-    )(q, k, v, bounds, *plan)
+    )(q, k, v, bounds, *plan[:3], shares)

@@ -2,14 +2,14 @@
 
 A query tile visits two runs of key tiles, the convex covers of its clean and of its own noisy
 intervals, each with a middle part that every query of the tile sees whole. A key tile visits a
-list of query tiles. Both come sorted, the most work first: thread blocks start in that order, and
-a long one that starts last would leave the chip waiting.
+list of query tiles.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.quiet import used_keys
@@ -23,21 +23,23 @@ FLAGS = 4
 
 
 class QueryPlan(NamedTuple):
-    """Per query tile, sorted: its row, its number and its two runs of key tiles.
+    """Per query tile: its row, its number and its two runs of key tiles.
 
     columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run,
-    then whether the row has unclean tiles, then `halves_seen` of its first half and its second, of
-    the clean run and of the own one. used: which keys some query sees. unclean: key tiles that hold
-    others.
+    then whether the row has unclean tiles, then what its first half and its second see, of the
+    clean run and of the own one: begin << 16 | end in halves of key tiles, 0 for nothing; the last
+    fills up. used: which keys some query sees. unclean: key tiles that hold others. order: the
+    places, those with the most key tiles first.
     """
 
-    columns: Int[Array, "P 15"]
+    columns: Int[Array, "P 16"]
     used: Int[Array, "B S"]
     unclean: Int[Array, "B J"]
+    order: Int[Array, "P"]
 
 
 class KeyPlan(NamedTuple):
-    """Per key tile, sorted: which query tiles visit it.
+    """Per key tile: which query tiles visit it.
 
     columns: row, tile, number of entries without a mask, of all. entries: query tile << FLAGS |
     flags; those without a mask come first, those past the number are undefined.
@@ -47,102 +49,123 @@ class KeyPlan(NamedTuple):
     entries: Int[Array, "P n"]
 
 
+class _Covers(NamedTuple):
+    """What groups of queries see: begin and end (0 for nothing) of all of it, the last begin, the
+    first end, whether some query sees nothing.
+    """
+
+    begin: Int[Array, "2 B I"]
+    end: Int[Array, "2 B I"]
+    last_begin: Int[Array, "2 B I"]
+    first_end: Int[Array, "2 B I"]
+    idle: Bool[Array, "2 B I"]
+
+
+def _covers(bounds: Intervals, size: int) -> _Covers:
+    """Of `size` queries each, the clean intervals and the own ones."""
+    rows = bounds.a0.shape[0]
+    low, high = (jnp.stack(x).reshape(2, rows, -1, size) for x in (bounds[::2], bounds[1::2]))
+    some = high > low
+    return _Covers(
+        jnp.where(some, low, _LAST).min(axis=3),
+        jnp.where(some, high, 0).max(axis=3),
+        low.max(axis=3),
+        high.min(axis=3),
+        (~some).any(axis=3),
+    )
+
+
 def query_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> QueryPlan:
     """The plan of the forward pass and of dQ; T and S = `keys` are multiples of the tiles."""
-    rows = bounds.a0.shape[0]
-    runs, halves = [], []
-    for low, high in ((bounds.a0, bounds.a1), (bounds.b0, bounds.b1)):
-        low, high = (x.reshape(rows, -1, query_tile) for x in (low, high))
-        halves += halves_seen(low, high, key_tile // 2)
-        some = high > low
-        begin = jnp.where(some, low, _LAST).min(axis=2)
-        end = jnp.where(some, high, 0).max(axis=2)
-        empty = end == 0
-        begin = jnp.where(empty, 0, begin // key_tile)
-        end = jnp.where(empty, 0, -(-end // key_tile))
-        full = jnp.clip(-(-low.max(axis=2) // key_tile), begin, end)
-        full_end = jnp.clip(high.min(axis=2) // key_tile, full, end)
-        runs += [begin, full, full_end, end]
-    tiles = runs[0].shape[1]
-    row, tile = (
-        jnp.broadcast_to(x, (rows, tiles))
-        for x in (jnp.arange(rows)[:, None], jnp.arange(tiles)[None])
+    halves = _covers(bounds, query_tile // 2)
+    half = key_tile // 2
+    seen = jnp.where(halves.end > 0, halves.begin // half << 16 | -(-halves.end // half), 0)
+    # Of both halves apart: a reduction over an axis of two would be a kernel of its own.
+    seen, *pairs = ((x[:, :, 0::2], x[:, :, 1::2]) for x in (seen, *halves[:4]))
+    begin, end, last_begin, first_end = (
+        function(*pair)
+        for function, pair in zip(
+            (jnp.minimum, jnp.maximum, jnp.maximum, jnp.minimum), pairs, strict=True
+        )
     )
+    begin = jnp.where(end > 0, begin // key_tile, 0)
+    end = -(-end // key_tile)
+    full = jnp.clip(-(-last_begin // key_tile), begin, end)
+    full_end = jnp.clip(first_end // key_tile, full, end)
+    runs = jnp.stack([begin, full, full_end, end])
+    _, _, rows, tiles = runs.shape
     used = used_keys(bounds, keys)
     unclean = ~used.reshape(rows, -1, key_tile).all(axis=2)
-    some = jnp.broadcast_to(unclean.any(axis=1)[:, None], (rows, tiles))
-    columns = jnp.stack([row, tile, *runs, some, *halves], axis=2)
-    columns = columns.reshape(rows * tiles, columns.shape[2]).astype(jnp.int32)
-    work = runs[3] - runs[0] + runs[7] - runs[4]
-    return QueryPlan(
-        _heavy_first(work.reshape(-1), columns), used.astype(jnp.int32), unclean.astype(jnp.int32)
+    row, tile, some, filler = (
+        jnp.broadcast_to(x, (rows, tiles))
+        for x in (jnp.arange(rows)[:, None], jnp.arange(tiles), unclean.any(axis=1)[:, None], 0)
     )
+    columns = [row, tile, *runs[:, 0], *runs[:, 1], some]
+    columns += [part for run in zip(*seen, strict=True) for part in run]
+    columns = jnp.stack([*columns, filler], axis=2).reshape(rows * tiles, -1).astype(jnp.int32)
+    order = _heavy_first((end - begin).sum(axis=0).reshape(-1))
+    return QueryPlan(columns, used.astype(jnp.int32), unclean.astype(jnp.int32), order)
 
 
-def halves_seen(
-    low: Int[Array, "B I t"], high: Int[Array, "B I t"], half: int
-) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:
-    """Of the first and the second half of each query tile: begin << 16 | end of what it sees, in
-    halves of key tiles; 0 for nothing.
+def _heavy_first(work: Int[Array, "P"]) -> Int[Array, "P"]:
+    """Their numbers, the most work first, in their order where it is equal.
+
+    By comparing all pairs: for so few one kernel instead of the many of a sort.
     """
-    low, high = (x.reshape(*x.shape[:2], 2, -1) for x in (low, high))
-    some = high > low
-    begin = jnp.where(some, low, _LAST).min(axis=3) // half
-    end = -(-jnp.where(some, high, 0).max(axis=3) // half)
-    found = jnp.where(end > 0, begin << 16 | end, 0)
-    return found[:, :, 0], found[:, :, 1]
+    number = jnp.arange(work.shape[0])
+    before = work[None] > work[:, None]
+    before |= (work[None] == work[:, None]) & (number[None] < number[:, None])
+    ranked = before.sum(axis=1)[None] == number[:, None]
+    return jnp.where(ranked, number, 0).sum(axis=1)
+
+
+def shares_of(plan: QueryPlan, heads: int, blocks: int) -> Int[Array, "X R"]:
+    """Which items each of `blocks` thread blocks takes: place in the plan * heads + head, in order.
+
+    As many as `rounds_of` says; what follows is undefined. Items are dealt out by work, the most
+    first, in rounds that go up and down the blocks: static shares, but even. A block then takes its
+    own in the plan's order, so that all of them are near the same keys.
+    """
+    places = plan.order.shape[0]
+    items = places * heads
+    blocks = min(blocks, items)
+    rounds = -(-items // blocks)
+    number, block = jnp.arange(rounds), jnp.arange(blocks)[:, None]
+    dealt = number * blocks + jnp.where(number % 2 == 0, block, blocks - 1 - block)
+    rank, head = jnp.divmod(dealt, heads)
+    item = plan.order[jnp.minimum(rank, places - 1)] * heads + head
+    return jnp.sort(jnp.where(dealt < items, item, _LAST), axis=1).astype(jnp.int32)
+
+
+def rounds_of(block: Array, items: int, blocks: int) -> Array:
+    """How many of the items a block takes: the last round may not reach all of them."""
+    rounds, left = divmod(items, blocks)
+    place = block if rounds % 2 == 0 else blocks - 1 - block
+    return rounds + (place < left).astype(jnp.int32)
 
 
 def key_plan(bounds: Intervals, keys: int, query_tile: int, key_tile: int) -> KeyPlan:
     """The plan of dK and dV; T and S = `keys` are multiples of the tiles."""
     rows = bounds.a0.shape[0]
-    low, high = (
-        jnp.stack(ends).reshape(2, rows, -1, query_tile)
-        for ends in ((bounds.a0, bounds.b0), (bounds.a1, bounds.b1))
-    )
-    some = high > low
-    begin = jnp.where(some, low, _LAST).min(axis=3)[:, :, None]
-    end = jnp.where(some, high, 0).max(axis=3)[:, :, None]
+    begin, end, last_begin, first_end, idle = (x[:, :, None] for x in _covers(bounds, query_tile))
     first = (jnp.arange(keys // key_tile) * key_tile)[:, None]
     middle = first + key_tile // 2
     lower = (begin < middle) & (end > first)
     upper = (begin < first + key_tile) & (end > middle)
     live = lower | upper
-    full = live & (low.max(axis=3)[:, :, None] <= first)
-    full &= high.min(axis=3)[:, :, None] >= first + key_tile
-    # (2, B, J, I) -> (B * J, 2 * I)
-    live, full, lower, upper = (
-        jnp.moveaxis(x, 0, 2).reshape(rows * x.shape[2], 2 * x.shape[3])
-        for x in (live, full, lower, upper)
+    full = live & (last_begin <= first) & (first_end >= first + key_tile)
+    idle = jnp.broadcast_to(idle, live.shape)
+    key_tiles, tiles = live.shape[2:]
+    # (2, B, J, I) -> (J * B, 2 * I)
+    live, full, lower, upper, idle = (
+        x.transpose(2, 1, 0, 3).reshape(key_tiles * rows, 2 * tiles)
+        for x in (live, full, lower, upper, idle)
     )
-    key_tiles, tiles = keys // key_tile, live.shape[1] // 2
-    masked = live & ~full
-    fulls = full.sum(axis=1, keepdims=True)
-    # Where an entry goes: entries without a mask first, then the others, each in order.
-    outside = live.shape[1] + jnp.arange(live.shape[1])
-    place = jnp.where(masked, fulls + jnp.cumsum(masked, axis=1) - 1, outside)
-    place = jnp.where(full, jnp.cumsum(full, axis=1) - 1, place)
     part, tile = jnp.divmod(jnp.arange(2 * tiles), tiles)
-    # (2, B, I) -> (B * J, 2 * I)
-    idle = jnp.moveaxis((~some).any(axis=3), 0, 1).reshape(rows, 1, 2 * tiles)
-    idle = jnp.broadcast_to(idle, (rows, key_tiles, 2 * tiles)).reshape(live.shape)
     code = tile << FLAGS | part * OWN | idle * IDLE | lower * FIRST_HALF | upper * SECOND_HALF
-    entries = jnp.zeros(live.shape, jnp.int32)
-    owner = jnp.arange(live.shape[0])[:, None]
-    entries = entries.at[owner, place].set(code.astype(jnp.int32), mode="drop", unique_indices=True)
-    row, tile = jnp.divmod(jnp.arange(rows * key_tiles), key_tiles)
-    count = live.sum(axis=1)
-    columns = jnp.stack([row, tile, fulls[:, 0], count], axis=1).astype(jnp.int32)
-    return KeyPlan(_heavy_first(count, columns), _heavy_first(count, entries))
-
-
-def _heavy_first(work: Int[Array, "P"], table: Int[Array, "P n"]) -> Int[Array, "P n"]:
-    """The rows of the table, the most work first, in their order where it is equal.
-
-    By comparing all pairs: for so few rows one kernel instead of the many of a sort.
-    """
-    number = jnp.arange(work.shape[0])
-    before = work[None] > work[:, None]
-    before |= (work[None] == work[:, None]) & (number[None] < number[:, None])
-    place = before.sum(axis=1)
-    return jnp.zeros_like(table).at[place].set(table, unique_indices=True)
+    # Those without a mask first, then the others, each in order.
+    place = jnp.arange(2 * tiles) + jnp.where(full, 0, jnp.where(live, 2 * tiles, 4 * tiles))
+    _, entries = lax.sort((place, code.astype(jnp.int32)), dimension=1, num_keys=1)
+    tile, row = jnp.divmod(jnp.arange(rows * key_tiles), rows)
+    columns = jnp.stack([row, tile, full.sum(axis=1), live.sum(axis=1)], axis=1)
+    return KeyPlan(columns.astype(jnp.int32), entries)

@@ -120,7 +120,7 @@ def hopper_pairs(seen: Intervals, keys: int) -> int:
     """Query-key pairs that the Hopper kernels compute: of masked tiles only the halves seen."""
     tile, half = 128, 64
     found = 0
-    for _, _, *runs, _, a0, a1, b0, b1 in np.asarray(query_plan(seen, keys, tile, tile).columns):
+    for _, _, *runs, _, a0, a1, b0, b1, _ in np.asarray(query_plan(seen, keys, tile, tile).columns):
         for (begin, full, full_end, end), covers in ((runs[:4], (a0, a1)), (runs[4:], (b0, b1))):
             found += (full_end - full) * tile * tile
             masked = np.r_[begin:full, full_end:end]

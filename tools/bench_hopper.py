@@ -26,7 +26,8 @@ from attention_race import Case, normals  # noqa: E402
 from pallas_kernels import CleanMode, Dense, Hopper  # noqa: E402
 from pallas_kernels.hopper_backward import backward_keys, backward_queries  # noqa: E402
 from pallas_kernels.hopper_forward import Sizes, forward  # noqa: E402
-from pallas_kernels.hopper_tiles import key_plan, query_plan  # noqa: E402
+from pallas_kernels.hopper_product import BLOCKS  # noqa: E402
+from pallas_kernels.hopper_tiles import key_plan, query_plan, shares_of  # noqa: E402
 
 
 def gradients(impl, q, k, v, seen, d_out):
@@ -74,6 +75,8 @@ def passes(args, case: Case, seen) -> dict:
     q, k, v, d_out = case.inputs()
     ends = jnp.stack(seen, axis=1)
     by_queries = jax.jit(lambda s: query_plan(s, tokens, 128, 128))(seen)
+    by_work = by_queries._replace(columns=by_queries.columns[by_queries.order])
+    shares = jax.jit(lambda p: shares_of(p, args.heads, BLOCKS))(by_queries)
     by_keys = jax.jit(lambda s: key_plan(s, tokens, 64, 128))(seen)
     lse = jnp.full((args.rows, args.heads, tokens), 9.0)
     rows = normals(4, "float32", (args.rows, args.heads, 2, tokens))[0]
@@ -85,17 +88,17 @@ def passes(args, case: Case, seen) -> dict:
         return lambda q, k, v, d_out: jax.vjp(function, q, k, v)[1](d_out)
 
     def sizes(stages):
-        return Sizes(128, stages, width)
+        return Sizes(stages, width)
 
     found = {
         "forward": (
             lambda *x: forward(sizes(impl.forward_stages), *x),
-            (by_queries, q, k, v, ends),
+            (by_queries, shares, q, k, v, ends),
             4,
         ),
         "dQ": (
             lambda *x: backward_queries(sizes(impl.queries_stages), *x),
-            (by_queries, q, k, v, q, d_out, lse, lse, ends),
+            (by_work, q, k, v, q, d_out, lse, lse, ends),
             6,
         ),
         "dK and dV": (
@@ -104,7 +107,11 @@ def passes(args, case: Case, seen) -> dict:
             8,
         ),
     }
-    found["plan of queries"] = lambda s: query_plan(s, tokens, 128, 128), (seen,), 0
+    found["plan of queries"] = (
+        lambda s: (plan := query_plan(s, tokens, 128, 128), shares_of(plan, args.heads, BLOCKS)),
+        (seen,),
+        0,
+    )
     found["plan of keys"] = lambda s: key_plan(s, tokens, 64, 128), (seen,), 0
 
     def ours(q, k, v):

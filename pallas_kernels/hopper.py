@@ -11,7 +11,7 @@ from pallas_kernels.gpu_window import window_attention
 from pallas_kernels.hopper_backward import backward_keys, backward_queries
 from pallas_kernels.hopper_forward import ROWS, TILE, Sizes, forward
 from pallas_kernels.hopper_product import BLOCKS
-from pallas_kernels.hopper_tiles import key_plan, query_plan, shares_of
+from pallas_kernels.hopper_tiles import MOST_KEYS, key_plan, query_plan, shares_of
 from pallas_kernels.intervals import Intervals
 from pallas_kernels.kept import kept
 from pallas_kernels.padding import pad
@@ -39,7 +39,7 @@ class Hopper:
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
         """As `Dense.attention`.
 
-        Raises NotImplementedError for other types, and for head_dim above 128.
+        Raises NotImplementedError for other types, head_dim above 128 and more than `MOST_KEYS`.
         """
         if q.dtype not in (jnp.bfloat16, jnp.float16) or {k.dtype, v.dtype} != {q.dtype}:
             raise NotImplementedError(
@@ -49,6 +49,11 @@ class Hopper:
         if q.shape[3] > 128:
             raise NotImplementedError(
                 f"the Hopper kernels take head_dim up to 128, not {q.shape[3]}; use Cudnn()"
+            )
+        if k.shape[1] > MOST_KEYS:
+            raise NotImplementedError(
+                f"the Hopper kernels take up to {MOST_KEYS} keys a row, not {k.shape[1]}; use "
+                "Blockwise()"
             )
         return _attention(self, q, k, v, intervals)
 
@@ -116,9 +121,8 @@ def _attention_bwd(impl, residuals, cotangents):
     q, d_out = _tiled(q, TILE), _tiled(d_out, TILE)
     k, v = _tiled(k, TILE), _tiled(v, TILE)
     lse, d_lse = (pad(x, 2, TILE) for x in (lse, d_lse.swapaxes(1, 2)))
-    by_work = plan._replace(columns=plan.columns[plan.order])
     d_q, stats = backward_queries(
-        by_queries, by_work, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
+        by_queries, plan, q, k, v, _tiled(out, TILE), d_out, lse, d_lse, ends
     )
     by_key_tiles = key_plan(padded, k.shape[1], ROWS, TILE)
     d_k, d_v = backward_keys(by_keys, by_key_tiles, q, k, v, d_out, stats, ends)

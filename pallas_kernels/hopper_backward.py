@@ -83,9 +83,9 @@ def backward_queries(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N 2 T"]]:
     """dQ, and what dK and dV need of each query: its log-sum-exp in base 2, and delta.
 
-    Blocks start in the plan's order: the most work first, or a long one that starts late would
-    leave the chip waiting.
+    Blocks start with the most work first: a long one that starts late would leave the chip waiting.
     """
+    columns = plan.columns[plan.order]
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
     scale = LOG2E / math.sqrt(sizes.width)
@@ -211,12 +211,12 @@ def backward_queries(
             *[plgpu.Barrier(num_arrivals=2, **per_stage)] * 2,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(heads, plan.columns.shape[0]),
+        grid=(heads, columns.shape[0]),
         grid_names=("heads", "tiles"),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_d_queries",
-    )(q, k, v, out, d_out, lse, d_lse, bounds, *plan[:3])
+    )(q, k, v, out, d_out, lse, d_lse, bounds, columns, plan.used, plan.unclean)
 
 
 def backward_keys(

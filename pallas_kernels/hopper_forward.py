@@ -104,11 +104,6 @@ class Halves(NamedTuple):
         return (begin <= first) & (end >= first + 2), (begin > first).astype(jnp.int32)
 
 
-def divide(x: Array, by: int) -> tuple[Array, Array]:
-    """Quotient and remainder of what is not negative."""
-    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
-
-
 def row_wise(x: Array) -> Array:
     """In the registers that belong to the rows of a product."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
@@ -217,8 +212,9 @@ def forward(
 
     items = heads * plan.columns.shape[0]
 
-    def kernel(q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, *refs):
-        shares_ref, *scratch = refs
+    def kernel(
+        q_ref, k_ref, v_ref, bounds_ref, plan_ref, used_ref, unclean_ref, shares_ref, *scratch
+    ):
         out_ref, lse_ref, q_smem, k_smem, v_smem, bounds_smem, plan_smem, lse_smem, *barriers = (
             scratch
         )
@@ -227,7 +223,8 @@ def forward(
         rounds = rounds_of(block, items, shares.shape[0])
 
         def item(number):
-            return divide(shares_ref[block, number], heads)
+            index = shares_ref[block, number]
+            return lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -406,4 +403,4 @@ def forward(
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_forward",
-    )(q, k, v, bounds, *plan[:3], shares)
+    )(q, k, v, bounds, plan.columns, plan.used, plan.unclean, shares)

@@ -22,14 +22,23 @@ OWN, IDLE, FIRST_HALF, SECOND_HALF = 1, 2, 4, 8
 FLAGS = 4
 
 
-class QueryPlan(NamedTuple):
-    """Per query tile: its row, its number and its two runs of key tiles.
+# What a half of a query tile sees is begin << 16 | end, in halves of 64 keys, in a signed number.
+MOST_KEYS = 64 << 15
 
-    columns: row, tile, then begin, full begin, full end, end of the clean run and of the own run,
-    then whether the row has unclean tiles, then what its first half and its second see, of the
-    clean run and of the own one: begin << 16 | end in halves of key tiles, 0 for nothing; the last
-    fills up. used: which keys some query sees. unclean: key tiles that hold others. order: the
-    places, those with the most key tiles first.
+
+class QueryPlan(NamedTuple):
+    """Per query tile, row by row: its row, its number and its two runs of key tiles.
+
+    columns:
+        0, 1: row, tile.
+        2 to 5, 6 to 9: begin, full begin, full end, end of the clean run, of the own run.
+        10: whether the row has unclean tiles.
+        11 to 14: what the first half and the second see of the clean run, then of the own one:
+            begin << 16 | end in halves of key tiles, 0 for nothing.
+        15: nothing; copies are of multiples of 16 bytes.
+    used: which keys some query sees.
+    unclean: key tiles that hold others.
+    order: the places, those with the most key tiles first.
     """
 
     columns: Int[Array, "P 16"]
@@ -39,7 +48,10 @@ class QueryPlan(NamedTuple):
 
 
 class KeyPlan(NamedTuple):
-    """Per key tile: which query tiles visit it.
+    """Per key tile, all rows of a batch in turn: which query tiles visit it.
+
+    The first tiles of rows and documents are seen by the most queries, so that the order of the row
+    is good enough to start blocks in.
 
     columns: row, tile, number of entries without a mask, of all. entries: query tile << FLAGS |
     flags; those without a mask come first, those past the number are undefined.
@@ -138,7 +150,7 @@ def shares_of(plan: QueryPlan, heads: int, blocks: int) -> Int[Array, "X R"]:
 
 
 def rounds_of(block: Array, items: int, blocks: int) -> Array:
-    """How many of the items a block takes: the last round may not reach all of them."""
+    """How many of the items `shares_of` deals to a block: the last round may not reach it."""
     rounds, left = divmod(items, blocks)
     place = block if rounds % 2 == 0 else blocks - 1 - block
     return rounds + (place < left).astype(jnp.int32)

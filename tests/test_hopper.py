@@ -29,8 +29,10 @@ from pallas_kernels.hopper_tiles import (
     FIRST_HALF,
     FLAGS,
     IDLE,
+    MOST_KEYS,
     OWN,
     SECOND_HALF,
+    QueryPlan,
     key_plan,
     query_plan,
     rounds_of,
@@ -153,6 +155,12 @@ def test_shares_hold_each_item_once_and_are_even(heads, blocks):
     assert np.ptp([work[share // heads].sum() for share in taken]) <= work.max() > 1
 
 
+def test_shares_go_up_and_down():
+    """Work of 8 to 1 for two blocks: 8 5 4 1 and 7 6 3 2, not 8 6 4 2."""
+    plan = QueryPlan(*[jnp.zeros((8, 1), jnp.int32)] * 3, order=jnp.arange(8)[::-1])
+    assert np.asarray(shares_of(plan, 1, 2)).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+
 @pytest.mark.parametrize("clean", CleanMode)
 def test_the_halves_of_a_query_tile_name_the_half_key_tiles_that_they_see(clean):
     """Half a key tile is passed over where, and only where, no key of it is seen by the half."""
@@ -264,6 +272,14 @@ def test_what_it_cannot_serve_it_refuses_with_the_reason(dtype, value_dtype, wid
     x, v = (jnp.ones((1, 8, 2, width), name) for name in (dtype, value_dtype))
     with pytest.raises(NotImplementedError, match=words):
         Hopper().attention(x, x, v, Intervals(*[jnp.zeros((1, 8), jnp.int32)] * 4))
+
+
+def test_rows_too_long_for_a_plan_are_refused():
+    """Begin and end of what is seen share 32 bits."""
+    x = jax.ShapeDtypeStruct((1, MOST_KEYS + 1, 1, 64), jnp.bfloat16)
+    seen = Intervals(*[jax.ShapeDtypeStruct(x.shape[:2], jnp.int32)] * 4)
+    with pytest.raises(NotImplementedError, match="keys a row"):
+        jax.eval_shape(Hopper().attention, x, x, x, seen)
 
 
 def test_the_block_causal_clean_stream_needs_no_mask_inside_its_blocks():

@@ -525,7 +525,8 @@ def test_statistics_of_tiles_join_to_those_of_the_whole(tiles):
     """Any number of tiles, in float64: a row's own temperature, ties go to the lower id."""
     rows, each = 3, 4
     draw = np.random.default_rng(tiles)
-    logits = draw.normal(size=(rows, tiles * each)).round(1)
+    # Far below 0, which must not count where tiles are filled up.
+    logits = draw.normal(size=(rows, tiles * each)).round(1) - 9
     temperature = np.array([0.5, 1.0, 2.0])
     scaled = logits / temperature[:, None]
     noisy = (scaled + draw.gumbel(size=scaled.shape).round(1)).round(2)

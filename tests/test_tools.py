@@ -144,6 +144,9 @@ def test_pairs_by_halves_lie_between_the_visible_ones_and_those_of_whole_tiles()
     # clean tiles at its own place likewise, one whole tile below, of its own two quarters each.
     quarters = (3 + 3 + 4) + (3 + 3 + 4) + (2 + 2)
     assert visible < race.hopper_pairs(seen, 512) == quarters * 64 * 64 < whole
+    # Rows that no tile divides count as they are computed, filled up.
+    short = race.Case(rows=1, length=100, block=32).intervals()
+    assert race.pairs(short) < race.hopper_pairs(short, 200)
 
 
 def test_the_window_counts_one_layer_of_keys_and_values(tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 
 from pallas_kernels import CleanMode, Dense, Intervals, Meta, intervals, visible
 from pallas_kernels.hopper_tiles import query_plan
+from pallas_kernels.padding import pad
 
 WRONG = 2e-2
 # Pairs of query and key, visible or not, up to which all rows and heads are compared with float32:
@@ -117,11 +118,13 @@ def tiled_pairs(seen: Intervals, query_tile: int, key_tile: int, keys: int) -> i
 
 
 def hopper_pairs(seen: Intervals, keys: int) -> int:
-    """Query-key pairs that the Hopper kernels compute: of masked tiles only the halves seen."""
+    """Pairs that the Hopper kernels compute forward: of masked tiles only the halves seen."""
     tile, half = 128, 64
-    found = 0
-    for _, _, *runs, _, a0, a1, b0, b1, _ in np.asarray(query_plan(seen, keys, tile, tile).columns):
-        for (begin, full, full_end, end), covers in ((runs[:4], (a0, a1)), (runs[4:], (b0, b1))):
+    found, padded = 0, [pad(x, 1, tile) for x in seen]
+    plan = query_plan(Intervals(*padded), -(-keys // tile) * tile, tile, tile)
+    for _, _, *runs, _, clean0, clean1, own0, own1, _ in np.asarray(plan.columns):
+        parts = (runs[:4], (clean0, clean1)), (runs[4:], (own0, own1))
+        for (begin, full, full_end, end), covers in parts:
             found += (full_end - full) * tile * tile
             masked = np.r_[begin:full, full_end:end]
             for cover in covers:

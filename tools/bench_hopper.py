@@ -75,7 +75,6 @@ def passes(args, case: Case, seen) -> dict:
     q, k, v, d_out = case.inputs()
     ends = jnp.stack(seen, axis=1)
     by_queries = jax.jit(lambda s: query_plan(s, tokens, 128, 128))(seen)
-    by_work = by_queries._replace(columns=by_queries.columns[by_queries.order])
     shares = jax.jit(lambda p: shares_of(p, args.heads, BLOCKS))(by_queries)
     by_keys = jax.jit(lambda s: key_plan(s, tokens, 64, 128))(seen)
     lse = jnp.full((args.rows, args.heads, tokens), 9.0)
@@ -98,7 +97,7 @@ def passes(args, case: Case, seen) -> dict:
         ),
         "dQ": (
             lambda *x: backward_queries(sizes(impl.queries_stages), *x),
-            (by_work, q, k, v, q, d_out, lse, lse, ends),
+            (by_queries, q, k, v, q, d_out, lse, lse, ends),
             6,
         ),
         "dK and dV": (

@@ -170,8 +170,7 @@ def backward_queries(
                     place = own, key_tile * TILE + first
                     return add(slot, pl.ds(first, size), place, d_q)
 
-                half = TILE // 2
-                return lax.cond(both, partial(on, 0, TILE), partial(on, part * half, half), d_q)
+                return lax.cond(both, partial(on, 0, TILE), partial(on, part * ROWS, ROWS), d_q)
 
             d_q = lax.fori_loop(0, runs.full, step, _zeros((ROWS, width)))
             d_q = lax.fori_loop(runs.full, runs.count, masked_step, d_q)

@@ -52,7 +52,7 @@ class Runs(NamedTuple):
 
     @classmethod
     def read(cls, plan, place) -> "Runs":
-        """From the plan's columns in device memory."""
+        """From the plan's columns, in device or shared memory."""
         at = [plan[place, column] for column in range(2, 10)]
         return cls(tuple(at[:4]), tuple(at[4:]))
 
@@ -94,7 +94,7 @@ class Halves(NamedTuple):
 
     @classmethod
     def read(cls, plan, place, group: Array) -> "Halves":
-        """From the plan's columns in device memory."""
+        """From the plan's columns, in device or shared memory."""
         return cls(plan[place, 11 + group], plan[place, 13 + group])
 
     def of(self, tile: Array, own: Array) -> tuple[Array, Array]:
